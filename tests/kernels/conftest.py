@@ -1,0 +1,51 @@
+"""Fixtures of the kernel tests: each fast path in turn, and 1 or 2 threads."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from trdq_core.kernels import cpu, native, torch_eager
+
+
+@pytest.fixture(params=["torch", "avx512-vnni", "avx2", "portable"])
+def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """A module with the signatures of `reference`: torch, and the C++ one with each path that this CPU has."""
+    if request.param == "torch":
+        yield torch_eager
+        return
+    best = native.path()
+    if best is None:
+        pytest.skip(str(native.unavailable_reason()))
+    if native.PATHS.index(request.param) > native.PATHS.index(best):
+        pytest.skip(f"this CPU has no {request.param}")
+    with native.limited_to(request.param):
+        yield cpu
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """One thread unless a test asks for more: small tensors gain nothing from a team, and a busy machine loses much."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest, one_thread: None) -> int:
+    """The thread count of the test."""
+    torch.set_num_threads(request.param)
+    return request.param
+
+
+@pytest.fixture
+def cpp() -> ModuleType:
+    """The C++ backend, or a skip with the reason."""
+    reason = native.unavailable_reason()
+    if reason is not None:
+        pytest.skip(reason)
+    return cpu

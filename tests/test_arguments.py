@@ -1,0 +1,136 @@
+"""Flags and spec files become one RunSpec."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trdq_core import arguments
+from trdq_core.errors import RecipeError
+from trdq_core.presets import parse_recipe
+from trdq_core.specs import RunSpec, SharingSpec
+
+
+def spec_of(*words: str) -> RunSpec:
+    """The run that a command line asks for."""
+    return arguments.spec_from(vars(arguments.build_parser().parse_args(words)))
+
+
+def test_the_line_of_the_readme() -> None:
+    spec = spec_of(
+        *"compare --model pocket-image --recipes fp,rtn-w4a8,tr-dq-w4a8 --groups 4 --prompts 8 --seed 0".split()
+    )
+    assert [recipe.name for recipe in spec.recipes] == ["fp", "rtn-w4a8", "tr-dq-w4a8"]
+    assert [recipe.time.count for recipe in spec.recipes] == [1, 1, 4]
+    assert (spec.command, spec.model, spec.seed, len(spec.prompts)) == ("compare", "pocket-image", 0, 8)
+    assert len(spec.calibration_prompts) == arguments.CALIBRATION_PROMPTS
+    assert not set(spec.prompts) & set(spec.calibration_prompts) or not arguments.PROMPTS_FILE.exists()
+
+
+def test_own_prompts_and_numbers() -> None:
+    words = [
+        "sample",
+        "--prompt",
+        "red apple",
+        "--prompt",
+        "owl",
+        "--steps",
+        "12",
+        "--guidance",
+        "2",
+        "--backend",
+        "torch",
+    ]
+    spec = spec_of(*words)
+    assert spec.prompts == ("red apple", "owl")
+    assert (spec.steps, spec.guidance, spec.backend) == (12, 2.0, "torch")
+    assert [recipe.name for recipe in spec.recipes] == ["fp"]
+
+
+def test_edges_make_groups() -> None:
+    (recipe,) = spec_of("plan", "--recipes", "tr-dq-w4a8", "--edges", "250,500", "--storage", "resident").recipes
+    assert (recipe.time.kind, recipe.time.edges, recipe.time.count) == ("edges", (250.0, 500.0), 3)
+    assert recipe.storage == "resident"
+
+
+def test_spec_file_is_a_start_and_flags_win(tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    asked = RunSpec(
+        command="compare", model="random-dit", recipes=(parse_recipe("rtn-w8a8"),), prompts=("owl",), seed=3
+    )
+    file.write_text(asked.to_json())
+    assert spec_of("compare", "--spec", str(file)) == asked
+    changed = spec_of("profile", "--spec", str(file), "--seed", "5", "--recipes", "smoothquant-w4a8")
+    assert (changed.command, changed.model, changed.seed, changed.prompts) == ("profile", "random-dit", 5, ("owl",))
+    assert [recipe.name for recipe in changed.recipes] == ["smoothquant-w4a8"]
+
+
+def test_recipe_files_join_the_named_ones(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    mine = parse_recipe("tr-dq-w4a8", groups=2).to_dict() | {"name": "mine"}
+    file.write_text(json.dumps(mine))
+    spec = spec_of("compare", "--recipes", "fp", "--recipe-file", str(file))
+    assert [recipe.name for recipe in spec.recipes] == ["fp", "mine"]
+    assert [recipe.name for recipe in spec_of("plan", "--recipe-file", str(file)).recipes] == ["mine"]
+
+
+def test_without_a_prompts_file_a_short_list_stands_in(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
+) -> None:
+    monkeypatch.setattr(arguments, "PROMPTS_FILE", tmp_path / "none.json")
+    assert spec_of("compare", "--prompts", "2").prompts == arguments.FALLBACK_PROMPTS[:2]
+    assert "short built-in list" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        ("{", "not JSON"),
+        ('{"command": "compare", "model": "m", "sed": 1}', "unknown key 'sed'"),
+        ("[]", "expected a JSON object"),
+    ],
+)
+def test_spec_files_that_cannot_be_used(content: str, sentence: str, tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(content)
+    with pytest.raises(RecipeError, match=sentence):
+        spec_of("compare", "--spec", str(file))
+
+
+def test_groups_beside_a_spec_file_need_recipes(tmp_path: Path) -> None:
+    file = tmp_path / "spec.json"
+    file.write_text(RunSpec(command="compare", model="m", recipes=(parse_recipe("rtn-w8a8"),)).to_json())
+    with pytest.raises(RecipeError, match="--groups: the recipes of --spec keep their own groups"):
+        spec_of("compare", "--spec", str(file), "--groups", "4")
+
+
+def test_a_plan_adds_each_recipe_with_sharing(tmp_path: Path) -> None:
+    file = tmp_path / "plan.json"
+    file.write_text(SharingSpec(blocks=((0, 1),)).to_json())
+    compared = spec_of("compare", "--recipes", "fp,tr-dq-w4a8", "--sharing", str(file))
+    names = ["fp", "fp+sharing", "tr-dq-w4a8", "tr-dq-w4a8+sharing"]
+    assert [recipe.name for recipe in compared.recipes] == names
+    (sampled,) = spec_of("sample", "--recipe", "rtn", "--sharing", str(file)).recipes
+    assert sampled.sharing.blocks == ((0, 1),)
+    spec_file = tmp_path / "spec.json"
+    spec_file.write_text(compared.to_json())
+    assert spec_of("compare", "--spec", str(spec_file)) == compared
+    with pytest.raises(RecipeError, match="--sharing: the recipes of --spec keep their own sharing"):
+        spec_of("compare", "--spec", str(spec_file), "--sharing", str(file))
+    file.write_text("{")
+    with pytest.raises(RecipeError, match="SharingSpec: not JSON"):
+        spec_of("compare", "--sharing", str(file))
+
+
+def test_the_attention_command_takes_a_threshold() -> None:
+    plain = spec_of("attention")
+    assert (plain.command, plain.recipes, plain.sharing, len(plain.prompts)) == ("attention", (), None, 4)
+    spec = spec_of(*"attention --threshold 0.98 --measure map_cosine --edges 250,500".split())
+    assert spec.sharing == SharingSpec(edges=(250.0, 500.0), measure="map_cosine", threshold=0.98)
+    with pytest.raises(RecipeError, match="--threshold: it is missing"):
+        spec_of("attention", "--edges", "500")
+    with pytest.raises(RecipeError, match="guidance: got 1, which has one branch"):
+        spec_of("attention", "--guidance", "1")

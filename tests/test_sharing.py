@@ -1,0 +1,185 @@
+"""Sharing in whole models: what is installed, what it composes with, and that the original is left alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+
+from trdq_core import branches
+from trdq_core.adapters.pixart import PixArtModel
+from trdq_core.calibration import calibrate
+from trdq_core.convert import convert
+from trdq_core.errors import Cancelled, RecipeError
+from trdq_core.kernels import dispatch
+from trdq_core.metrics import latent_sqnr_db
+from trdq_core.presets import make_recipe, published_sharing, with_sharing
+from trdq_core.sampling import Trajectory, sample
+from trdq_core.sharing import apply_sharing, attention_flops, self_attentions, shared_copy
+from trdq_core.specs import Recipe, SharingSpec
+from trdq_core.statistics import Statistics
+from trdq_core.timegroups import TimeContext, TimeGroups
+
+STEPS = 4
+ALL = SharingSpec(blocks=((0, 1),))
+
+
+@pytest.fixture(scope="module")
+def model(tiny_folder: Path) -> PixArtModel:
+    return PixArtModel(tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def statistics(model: PixArtModel) -> Statistics:
+    return calibrate(model, ["red apple"], steps=STEPS, guidance=3.5, seed=0)
+
+
+def run(model: PixArtModel, denoiser: torch.nn.Module, guidance: float = 3.5, **options: object) -> Trajectory:
+    with model.using(denoiser):
+        return sample(model, model.encode(["tiger face"])[0], 1, steps=STEPS, guidance=guidance, **options)
+
+
+def test_the_published_list_scales_with_the_depth() -> None:
+    assert published_sharing(28).blocks == ((*range(8), *range(22, 28)),)
+    assert published_sharing(12).blocks == ((0, 1, 2, 9, 10, 11),)
+    assert published_sharing(2).active
+
+
+def test_sharing_is_part_of_a_recipe_and_of_its_json() -> None:
+    recipe = with_sharing(make_recipe("rtn"), SharingSpec(blocks=((0,), (0, 3)), edges=(500.0,)))
+    assert recipe.name == "rtn-w8a8+sharing"
+    assert Recipe.from_json(recipe.to_json()) == recipe
+    old = make_recipe("rtn").to_dict()
+    del old["sharing"]
+    assert Recipe.from_dict(old) == make_recipe("rtn")
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"blocks": [[0]], "edges": [500.0]}, "got 1 lists for 2 time groups"),
+        ({"edges": [500.0, 400.0]}, "give rising timesteps between 0 and 1000"),
+        ({"blocks": [[-1]]}, "blocks count from 0"),
+        ({"threshold": 0.1}, "a measure and its threshold are given together"),
+        ({"measure": "taste", "threshold": 0.1}, "got 'taste'; allowed are 'map_cosine', 'output_error'"),
+    ],
+)
+def test_bad_plans_are_refused_in_words(fields: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        SharingSpec.from_dict(fields)
+
+
+def test_blocks_that_are_not_there_are_named(model: PixArtModel) -> None:
+    with pytest.raises(RecipeError, match="got block 2; this model has self-attention in blocks 0 to 1"):
+        shared_copy(model.denoiser, model.linears(), SharingSpec(blocks=((2,),)))
+
+
+def test_035_no_blocks_and_guidance_one_change_no_bit(model: PixArtModel) -> None:
+    for spec, guidance in ((SharingSpec(), 3.5), (ALL, 1.0)):
+        denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), spec)
+        shared, plain = run(model, denoiser, guidance), run(model, model.denoiser, guidance)
+        assert all(torch.equal(a, b) for a, b in zip(shared.latents, plain.latents, strict=True))
+        assert sharing.facts()["shared_calls"] == 0
+
+
+def test_the_original_is_untouched_and_the_copy_shares(model: PixArtModel) -> None:
+    before = run(model, model.denoiser)
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), ALL)
+    shared = run(model, denoiser)
+    after = run(model, model.denoiser)
+    assert torch.equal(before.latents[-1], after.latents[-1])
+    assert not torch.equal(before.latents[-1], shared.latents[-1])
+    assert sharing.facts()["shared_calls"] == 2 * STEPS
+    assert denoiser.proj_out.weight is model.denoiser.proj_out.weight
+
+
+def test_blocks_follow_the_time_groups(model: PixArtModel) -> None:
+    timesteps = run(model, model.denoiser).timesteps
+    edge = (timesteps[0] + timesteps[1]) / 2
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), SharingSpec(blocks=((), (1,)), edges=(edge,)))
+    run(model, denoiser)
+    assert (sharing.facts()["shared_calls"], sharing.facts()["plain_calls"]) == (1, STEPS - 1)
+
+
+def test_equal_prompts_make_sharing_exact(model: PixArtModel) -> None:
+    denoiser, _, _ = shared_copy(model.denoiser, model.linears(), ALL)
+    conditioning = model.encode(["tiger face"])[0]
+    tensors = conditioning.tensors
+    same = conditioning._replace(
+        tensors={
+            **tensors,
+            "negative_prompt_embeds": tensors["prompt_embeds"],
+            "negative_prompt_attention_mask": tensors["prompt_attention_mask"],
+        }
+    )
+    plain = sample(model, same, 1, steps=STEPS, guidance=3.5)
+    with model.using(denoiser):
+        shared = sample(model, same, 1, steps=STEPS, guidance=3.5)
+    for a, b in zip(shared.latents, plain.latents, strict=True):
+        assert torch.allclose(a, b, atol=2e-5)
+
+
+def test_035_a_cancelled_run_leaves_nothing_behind(model: PixArtModel) -> None:
+    denoiser, _, _ = shared_copy(model.denoiser, model.linears(), ALL)
+    whole = run(model, denoiser)
+
+    def cancel(step: int, timestep: float, latents: torch.Tensor) -> None:
+        raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        run(model, denoiser, on_step=cancel)
+    assert branches.present().branch == "single"
+    assert not branches.present().kept
+    assert torch.equal(run(model, denoiser).latents[-1], whole.latents[-1])
+
+
+@pytest.mark.parametrize(
+    ("method", "groups", "storage"),
+    [("rtn", 1, None), ("tr-dq", 1, None), ("tr-dq", 2, "resident"), ("tr-dq", 2, "switched"), ("rtn-static", 1, None)],
+)
+def test_sharing_composes_with_quantization(
+    model: PixArtModel, statistics: Statistics, tmp_path: Path, method: str, groups: int, storage: str | None
+) -> None:
+    recipe = make_recipe(method, groups=groups, storage=storage)
+    settings = {"backend": dispatch.select_backend(torch.device("cpu")), "storage_folder": tmp_path}
+    if method == "rtn-static":
+        settings["second_pass"] = lambda transforms, groups: {name: [(-8.0, 8.0)] for name in transforms}
+    inputs = model.denoiser, model.linears()
+    shared = convert(*inputs, with_sharing(recipe, ALL), statistics, **settings)
+    idle = convert(*inputs, with_sharing(recipe, SharingSpec()), statistics, **settings)
+    plain = convert(*inputs, recipe, statistics, **settings)
+    full, _, _ = shared_copy(*inputs, ALL)
+    runs = {
+        name: run(model, d)
+        for name, d in (("shared", shared.denoiser), ("idle", idle.denoiser), ("plain", plain.denoiser))
+    }
+    assert torch.equal(runs["idle"].latents[-1], runs["plain"].latents[-1])
+    assert not torch.equal(runs["shared"].latents[-1], runs["plain"].latents[-1])
+    if method != "rtn-static":  # the ranges above are made up
+        assert min(latent_sqnr_db(runs["shared"], run(model, full))) >= 20, "sharing adds nothing to the rounding error"
+    facts = shared.facts()
+    assert facts["sharing"]["shared_calls"] == 2 * STEPS
+    assert "sharing" not in plain.facts()
+    assert facts["weight_bytes"] == plain.facts()["weight_bytes"]
+
+
+def test_switched_and_resident_storage_share_alike(model: PixArtModel, statistics: Statistics, tmp_path: Path) -> None:
+    ends = []
+    for storage in ("resident", "switched"):
+        recipe = dataclasses.replace(make_recipe("tr-dq", groups=2, storage=storage), sharing=ALL)
+        settings = {"backend": dispatch.select_backend(torch.device("cpu")), "storage_folder": tmp_path}
+        conversion = convert(model.denoiser, model.linears(), recipe, statistics, **settings)
+        ends.append(run(model, conversion.denoiser).latents[-1])
+    assert torch.equal(*ends)
+
+
+def test_names_and_operations_of_attention(model: PixArtModel) -> None:
+    assert self_attentions(model.linears()) == [f"transformer_blocks.{i}.attn1" for i in range(2)]
+    whole, saved = attention_flops(1024, 384)
+    assert saved / whole == pytest.approx(0.25)
+    sharing = apply_sharing(
+        shared_copy(model.denoiser, (), SharingSpec())[0], model.linears(), ALL, TimeContext(TimeGroups())
+    )
+    assert sorted(sharing.processors) == [0, 1]

@@ -1,0 +1,68 @@
+"""Tables and the progress bar, as text."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+
+from tests.fake_runs import REPORT
+from trdq_core import terminal
+
+
+def test_report_table_labels_what_is_simulated_and_identical() -> None:
+    rows = {line.split()[0]: line for line in terminal.report_text(REPORT).splitlines() if line}
+    assert "identical" in rows["fp-again"]
+    assert "simulated" in rows["rtn-w4a4"]
+    assert "0.150" in terminal.report_text(REPORT)
+    assert "rejected by the do-no-harm gate: 1" in terminal.report_text(REPORT)
+    assert "reused" in rows["calibration"]
+
+
+def test_columns_without_a_number_are_left_out() -> None:
+    facts = {"kind": "quantized", "weight_bytes": 1500, "fp_weight_bytes": 10000}
+    header = terminal.report_text({"recipes": {"rtn-w4a8": facts}}).splitlines()[2]
+    assert header.split() == ["recipe", "weights", "of", "FP32"]
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (15 * 2**20, "15.0 MiB"), (2**41, "2048.0 GiB")],
+)
+def test_sizes(count: int | None, text: str) -> None:
+    assert terminal.size(count) == text
+
+
+def test_sharing_is_said_in_lines() -> None:
+    plan = {"blocks": [[0, 1], []], "predicted_error": 0.0123, "predicted_saving": 0.125}
+    found = {"map_cosine": 0.99, "output_error": 0.05, "block_error": [0.0, 0.1], "plan": plan}
+    text = terminal.report_text({"similarity": found, "recipes": {"rtn+sharing": {"sharing": plan}}})
+    assert "block 1: output error 0.1000" in text
+    assert "plan: shares blocks 0 1; none; predicted output error 0.0123, attention FLOPs saved 12.5 %" in text
+    assert "rtn+sharing: shares blocks 0 1; none" in text
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_lines_and_on_a_terminal_bars() -> None:
+    events = [
+        {"kind": "stage", "stage": "sample", "label": "Sampling rtn", "recipe": "rtn"},
+        *(
+            {"kind": "progress", "stage": "sample", "done": i, "total": 4, "detail": "owl", "recipe": "rtn"}
+            for i in range(1, 5)
+        ),
+        {"kind": "done", "text": "finished"},
+    ]
+    live, plain = Terminal(), io.StringIO()
+    for stream in (live, plain):
+        with terminal.ProgressBar(stream) as bar:
+            for event in events:
+                bar(event)
+    assert live.getvalue().startswith("Sampling rtn\n")
+    assert "4/4" in live.getvalue()
+    assert plain.getvalue() == "Sampling rtn\n"

@@ -1,0 +1,81 @@
+"""Invariants 17-19, 24: integer weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from trdq_core.errors import ShapeError
+from trdq_core.specs import QuantSpec
+from trdq_core.weights.rounding import dequantize_weight, quantize_weight
+
+
+def weight(rows: int = 48, columns: int = 256) -> torch.Tensor:
+    torch.manual_seed(0)
+    return torch.distributions.StudentT(4.0).sample((rows, columns)) * 0.02
+
+
+def error(spec: QuantSpec) -> float:
+    return float((dequantize_weight(quantize_weight(weight(), spec)) - weight().double()).square().sum())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_integers_fit_their_storage_and_scales_are_fp32(bits: int, symmetric: bool) -> None:
+    quantized = quantize_weight(weight(), QuantSpec(bits=bits, symmetric=symmetric))
+    half = 2 ** (bits - 1)
+    assert quantized.values.dtype is torch.int8
+    assert quantized.values.min() >= -half
+    assert quantized.values.max() <= half - 1
+    assert quantized.scale.dtype is torch.float32
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_017_more_bits_never_hurt(symmetric: bool) -> None:
+    errors = [error(QuantSpec(bits=bits, symmetric=symmetric, range="mse")) for bits in (4, 6, 8)]
+    assert errors == sorted(errors, reverse=True)
+
+
+def test_018_finer_ranges_never_hurt() -> None:
+    tensor = error(QuantSpec(bits=4, granularity="tensor", range="mse"))
+    channel = error(QuantSpec(bits=4, granularity="channel", range="mse"))
+    group = error(QuantSpec(bits=4, granularity="group", group_size=64))
+    assert channel <= 1.02 * tensor
+    assert group <= 1.02 * error(QuantSpec(bits=4, granularity="channel"))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_019_a_searched_range_is_never_worse_than_min_max(symmetric: bool) -> None:
+    for row in weight():
+        searched, plain = (
+            (
+                dequantize_weight(quantize_weight(row[None], QuantSpec(bits=4, symmetric=symmetric, range=r)))
+                - row.double()
+            )
+            .square()
+            .sum()
+            for r in ("mse", "minmax")
+        )
+        assert searched <= plain * (1 + 1e-12)
+
+
+def test_a_zero_row_stays_zero() -> None:
+    values = weight()
+    values[3] = 0
+    for spec in (
+        QuantSpec(bits=4),
+        QuantSpec(bits=4, symmetric=False),
+        QuantSpec(bits=4, granularity="group", group_size=64),
+    ):
+        restored = dequantize_weight(quantize_weight(values, spec))
+        assert torch.isfinite(restored).all()
+        assert restored[3].abs().max() == 0
+
+
+def test_a_group_size_that_does_not_divide_is_refused_by_name() -> None:
+    with pytest.raises(
+        ShapeError, match=r"blocks\.3\.qkv: group_size=128 does not divide in_features=1184; use one of 32"
+    ):
+        quantize_weight(
+            torch.zeros(4, 1184), QuantSpec(bits=4, granularity="group", group_size=128), layer="blocks.3.qkv"
+        )

@@ -1,0 +1,31 @@
+"""Models of diffusers as things that can be calibrated and compared. The only room that imports diffusers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from trdq_core.plan import LayerInfo
+from trdq_core.sampling import SampledModel
+
+
+def load_adapter(name: str, folder: Path | None) -> SampledModel:
+    """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong."""
+    if folder is None:
+        from trdq_core.adapters.random_dit import RandomDiT
+
+        return RandomDiT(name)
+    from trdq_core.adapters.pixart import PixArtModel
+
+    return PixArtModel(folder, name if name != str(folder) else None)
+
+
+def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
+    """The linears of a model from its configuration alone: no weights are read."""
+    if folder is None:
+        from trdq_core.adapters.random_dit import build
+        from trdq_core.adapters.roles import find_linears
+
+        return find_linears(build(device="meta"))
+    from trdq_core.adapters.pixart import layers_from_config
+
+    return layers_from_config(folder)

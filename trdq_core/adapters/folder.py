@@ -1,0 +1,78 @@
+"""Checks on a model folder before anything in it is loaded: what is refused, and in which words."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from trdq_core.errors import ModelError
+
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+SAMPLE = 1 << 20  # bytes hashed at each end of a weight file
+
+
+def check_folder(folder: Path, known_pipelines: tuple[str, ...]) -> dict[str, object]:
+    """The model index of a diffusers folder; ModelError says what is missing, damaged, foreign or refused."""
+    if not folder.is_dir():
+        raise ModelError(
+            f"model: there is no folder {folder.name}; give a diffusers folder that holds model_index.json."
+        )
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise ModelError(
+            f"model {folder.name}: model_index.json is missing, so it is not a diffusers pipeline; "
+            "save it with pipeline.save_pretrained first."
+        )
+    try:
+        index = json.loads(index_file.read_text())
+        name = index["_class_name"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"model {folder.name}: model_index.json is damaged ({error}); copy the folder again."
+        ) from error
+    if name not in known_pipelines:
+        raise ModelError(f"model {folder.name}: its pipeline is {name}; supported are {', '.join(known_pipelines)}.")
+    pickles = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in PICKLES)
+    if pickles:
+        raise ModelError(
+            f"model {folder.name}: {pickles[0]} is a pickle file and could run code when opened; "
+            "only safetensors are loaded, convert it with save_pretrained(safe_serialization=True)."
+        )
+    return index
+
+
+def check_weights(files: list[Path], folder: Path) -> None:
+    """Open every weight file's header and look for values that are not finite; ModelError names file and tensor."""
+    if not files:
+        raise ModelError(f"model {folder.name}: the transformer has no safetensors file; copy the folder again.")
+    for file in files:
+        try:
+            with safe_open(file, "pt") as stored:
+                for key in stored.keys():  # noqa: SIM118 - safe_open is no mapping
+                    tensor = stored.get_tensor(key)
+                    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                        raise ModelError(
+                            f"model {folder.name}: {key} in {file.name} holds NaN or infinity; "
+                            "the file is damaged or training diverged, load another one."
+                        )
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"model {folder.name}: {file.name} is truncated or damaged ({error}); copy the folder again."
+            ) from error
+
+
+def weights_digest(files: list[Path]) -> str:
+    """A digest of weight files: sizes, and the first and last MiB of each (headers hold every name, dtype and shape)."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size};".encode())
+        with file.open("rb") as stream:
+            digest.update(stream.read(SAMPLE))
+            stream.seek(max(0, size - SAMPLE))
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()[:16]

@@ -1,0 +1,289 @@
+"""What the command line takes: its flags, and the `RunSpec` that flags and `--spec spec.json` end in. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from trdq_core import __version__
+from trdq_core.errors import RecipeError, StorageError
+from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
+from trdq_core.specs import SHARING_MEASURES, STORAGE_MODES, TIME_GROUP_KINDS, Recipe, RunSpec, SharingSpec
+
+PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
+FALLBACK_PROMPTS = (
+    "red apple", "owl", "hot air balloon", "tiger", "sunflower", "slice of pizza", "octopus", "snowman",
+    "rocket", "crab", "bread", "fire engine", "cherry blossom", "whale", "teddy bear", "mushroom",
+)  # fmt: skip
+BACKENDS = ("reference", "torch", "cpp")
+DEFAULT_MODEL = "pocket-image"
+DEFAULT_RECIPES = {
+    "plan": "tr-dq-w4a8",
+    "calibrate": "",
+    "sample": "fp",
+    "compare": "fp,rtn-w4a8,tr-dq-w4a8",
+    "profile": "fp,rtn-w8a8",
+    "attention": "",
+}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1}
+CALIBRATION_PROMPTS = 16
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend")
+
+Given = dict[str, Any]  # the flags that were typed, nothing else
+
+
+class Parser(argparse.ArgumentParser):
+    """Answers a wrong flag with one sentence instead of a usage screen."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the sentence and leave with 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help.\n")
+
+
+def build_parser() -> Parser:
+    """The parser of all commands."""
+    parser = Parser(prog="trdq", description="Quantize a diffusion transformer after training, and see what it did.")
+    parser.add_argument("--version", action="version", version=f"trdq {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
+
+    models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
+    _add_json(models)
+
+    for command, summary in (
+        ("plan", "show which layer gets which kernel and how many bytes, before anything runs"),
+        ("calibrate", "sample in full precision and store the statistics; fit recipes if any are given"),
+        ("sample", "make pictures with one recipe"),
+        ("compare", "make the same pictures with several recipes and measure the difference"),
+        ("profile", "measure the time of a step and the memory of recipes"),
+    ):
+        one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
+        _add_model_and_recipes(one, command)
+        _add_steps(one)
+        if command != "plan":
+            _add_run(one, command)
+        _add_json(one)
+    _add_attention(commands)
+    return parser
+
+
+def _add_attention(commands: Any) -> None:
+    summary = "measure how alike the two guidance branches attend, and plan which blocks may share"
+    one = commands.add_parser("attention", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    add = one.add_argument
+    add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
+    )
+    add(
+        "--threshold",
+        type=float,
+        metavar="X",
+        help="write a plan.json with the blocks whose measure stays within X at every step",
+    )
+    add(
+        "--measure",
+        choices=SHARING_MEASURES,
+        help="output_error (default): at most X; map_cosine: at least X",
+    )
+    add("--edges", metavar="T,T", help="timesteps between 0 and 1000 at which the plan may change")
+    _add_steps(one)
+    _add_run(one, "attention")
+    _add_json(one)
+
+
+def _add_model_and_recipes(parser: Parser, command: str) -> None:
+    names = f"{', '.join(METHODS)}, with bits such as {OFFERED_BITS[2].lower()}"
+    add = parser.add_argument
+    add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
+    add(
+        "--model",
+        metavar="NAME",
+        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
+    )
+    default = f" (default {DEFAULT_RECIPES[command]})" if DEFAULT_RECIPES[command] else ""
+    add(
+        "--recipes",
+        "--recipe",
+        metavar="A,B",
+        help=f"recipes by name: {names}; fp is the full-precision reference{default}",
+    )
+    add(
+        "--recipe-file",
+        metavar="FILE",
+        action="append",
+        help="a recipe.json to add to the recipes; may be given again",
+    )
+    add("--groups", type=int, metavar="K", help="timestep groups of methods that use time (default 1)")
+    add(
+        "--group-kind",
+        choices=TIME_GROUP_KINDS,
+        help="how time is cut (default uniform; edges where --edges is given)",
+    )
+    add(
+        "--edges",
+        metavar="T,T",
+        help="timesteps between 0 and 1000 at which time is cut, such as 250,500,750",
+    )
+    add("--storage", choices=STORAGE_MODES, help="where the weights of several groups live (default switched)")
+    add("--backend", choices=BACKENDS, help="kernels to use or fail (default: the fastest that run here)")
+
+
+def _add_steps(parser: Parser) -> None:
+    parser.add_argument("--steps", type=int, metavar="N", help=f"sampler steps (default {RunSpec.steps})")
+
+
+def _add_run(parser: Parser, command: str) -> None:
+    add = parser.add_argument
+    add("--guidance", type=float, metavar="G", help=f"guidance scale, 1 is off (default {RunSpec.guidance})")
+    add("--seed", type=int, metavar="N", help=f"seed of the first latent (default {RunSpec.seed})")
+    add(
+        "--calibration-prompts",
+        type=int,
+        metavar="N",
+        help=f"prompts to calibrate on (default {CALIBRATION_PROMPTS})",
+    )
+    if command != "calibrate":
+        which = parser.add_mutually_exclusive_group()
+        count = DEFAULT_PROMPTS[command]
+        which.add_argument("--prompts", type=int, metavar="N", help=f"the first N evaluation prompts (default {count})")
+        which.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt of your own; may be given again")
+    if command in ("compare", "profile"):
+        add(
+            "--timing-rounds",
+            type=int,
+            metavar="N",
+            help=f"timed forward passes (default {RunSpec.timing_rounds})",
+        )
+    if command in ("sample", "compare", "profile"):
+        add(
+            "--sharing",
+            metavar="FILE",
+            help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
+        )
+    add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
+    add("--quiet", action="store_true", help="no progress on the terminal")
+
+
+def _add_json(parser: Parser) -> None:
+    parser.add_argument("--json", action="store_true", help="print JSON on standard output instead of a table")
+
+
+def spec_from(given: Given) -> RunSpec:
+    """The run that flags and spec file ask for together; a typed flag wins over the file. A plan has no prompts."""
+    command, from_file = given["command"], "spec" in given
+    data: dict[str, Any] = {"model": DEFAULT_MODEL}
+    if from_file:
+        data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
+    data["command"] = "calibrate" if command == "plan" else command
+    data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if command == "attention":
+        data |= {"recipes": [], **_wish(given, from_file)}
+        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+    recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
+    if recipes or not from_file:
+        data["recipes"] = [recipe.to_dict() for recipe in recipes]
+    elif asked := sorted({"groups", "group_kind", "edges", "storage"} & set(given)):
+        flag = "--" + asked[0].replace("_", "-")
+        raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
+    if command != "plan":
+        data |= _prompt_fields(given, command, from_file)
+    return RunSpec.from_dict(data)
+
+
+def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, list[str]]:
+    """The prompts to measure and to calibrate on, as far as the flags or the defaults decide them."""
+    fields = {}
+    if "prompt" in given:
+        fields["prompts"] = given["prompt"]
+    elif "prompts" in given or (command in DEFAULT_PROMPTS and not from_file):
+        fields["prompts"] = _prompts("evaluation", given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
+    if "calibration_prompts" in given or not from_file:
+        count = given.get("calibration_prompts", CALIBRATION_PROMPTS)
+        fields["calibration_prompts"] = _prompts("calibration", count, "--calibration-prompts")
+    return fields
+
+
+def _recipes(given: Given, *, default: str) -> list[Recipe]:
+    """The recipes named by flags and files, each once; the default where none is."""
+    files = given.get("recipe_file", [])
+    names = given.get("recipes", "" if files else default)
+    edges = _edges(given["edges"]) if "edges" in given else ()
+    groups = given.get("groups", len(edges) + 1)
+    if edges and groups != len(edges) + 1:
+        raise RecipeError(
+            f"--groups: got {groups} with {len(edges)} edges, which make {len(edges) + 1}; leave --groups out."
+        )
+    kind = given.get("group_kind", "edges" if edges else "uniform")
+    if edges and kind != "edges":
+        raise RecipeError(f"--edges: got edges with --group-kind {kind}; leave --group-kind out, or say edges.")
+    found = [
+        parse_recipe(name, groups=groups, group_kind=kind, edges=edges, storage=given.get("storage"))
+        for name in (names.split(",") if names or "recipes" in given else ())
+    ]
+    found += [Recipe.from_json(_read(file, "--recipe-file")) for file in files]
+    for recipe in found:
+        if sum(other.name == recipe.name for other in found) > 1:
+            raise RecipeError(f"recipes: {recipe.name} is named twice; each recipe of a run needs a name of its own.")
+    return found
+
+
+def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
+    """The recipes with the plan of --sharing: sample shares, the other commands show each recipe without and with it."""
+    if "sharing" not in given:
+        return recipes
+    if not recipes:
+        raise RecipeError(
+            "--sharing: the recipes of --spec keep their own sharing; name recipes with --recipes as well."
+        )
+    sharing = SharingSpec.from_json(_read(given["sharing"], "--sharing"))
+    if given["command"] == "sample":
+        return [with_sharing(recipe, sharing) for recipe in recipes]
+    return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
+
+
+def _wish(given: Given, from_file: bool) -> dict[str, Any]:
+    """What the attention command is to plan; nothing without a threshold."""
+    if "threshold" not in given:
+        if "measure" in given or "edges" in given:
+            raise RecipeError("--threshold: it is missing; a plan takes a threshold beside --measure and --edges.")
+        return {} if from_file else {"sharing": None}
+    edges = _edges(given["edges"]) if "edges" in given else ()
+    measure = given.get("measure", "output_error")
+    return {"sharing": SharingSpec(edges=edges, measure=measure, threshold=given["threshold"]).to_dict()}
+
+
+def _edges(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise RecipeError(
+            f"--edges: got {text!r}; give numbers with commas between them, such as 250,500,750."
+        ) from None
+
+
+def _prompts(which: str, count: int, flag: str) -> list[str]:
+    """The first `count` prompts of one list in assets/prompts.json, or of a short built-in one if that is not there."""
+    if count < 1:
+        raise RecipeError(f"{flag}: got {count}; allowed is 1 or more.")
+    try:
+        stored = json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))[which]
+    except (OSError, ValueError, KeyError):
+        stored = list(FALLBACK_PROMPTS)
+        print(f"assets/prompts.json has no {which} prompts; a short built-in list stands in.", file=sys.stderr)
+    if count > len(stored):
+        raise RecipeError(f"{flag}: got {count}; there are {len(stored)} {which} prompts, ask for at most that many.")
+    return stored[:count]
+
+
+def _read(file: str, flag: str) -> str:
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except OSError as error:
+        raise StorageError(f"{flag}: {file} cannot be read ({error.strerror}); check the path.") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{flag}: {file} is not a text file; give the JSON file of a run or a recipe.") from error

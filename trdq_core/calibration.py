@@ -1,0 +1,171 @@
+"""Calibration: sample with the full-precision model and record what its linears read. The result serves many recipes."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trdq_core.errors import CalibrationError
+from trdq_core.events import OnEvent, Progress, ignore
+from trdq_core.observers import InputObserver, RangeObserver, observing
+from trdq_core.sampling import Conditioning, SampledModel, sample
+from trdq_core.statistics import Statistics
+from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.transforms.base import InputTransform
+
+SAVE_EVERY = 30.0  # seconds between two saves of the prompts finished so far
+ROWS_PER_CALL = 8  # token rows kept of each call; with 16 prompts and 20 steps, 128 a timestep
+CALIBRATION_VERSION = 2
+
+
+def calibration_fingerprint(
+    model: SampledModel, prompts: Sequence[str], *, steps: int, guidance: float, seed: int
+) -> str:
+    """A digest of everything the statistics depend on: equal fingerprints mean equal statistics."""
+    what = [CALIBRATION_VERSION, ROWS_PER_CALL, model.fingerprint(), list(prompts), steps, guidance, seed]
+    return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]
+
+
+def calibrate(
+    model: SampledModel,
+    prompts: Sequence[str],
+    *,
+    steps: int,
+    guidance: float,
+    seed: int,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] | None = None,
+    partial: Path | None = None,
+) -> Statistics:
+    """First pass: sample every prompt in full precision and observe the inputs of all linears inside the blocks.
+
+    Rows and ranges are keyed by timestep, so groups are always fitted on activations of their own timesteps. Prompts are
+    sampled one by one from seeds of their own. With a folder `partial`, finished prompts are saved there when the work is
+    cancelled, fails or lasts long, and the next call with the same settings goes on from them.
+    """
+    if not prompts:
+        raise CalibrationError("calibration: no prompts were given; give at least one.")
+    started = time.monotonic()
+    settings = {"steps": steps, "guidance": guidance, "seed": seed}
+    about = {"fingerprint": calibration_fingerprint(model, prompts, **settings), "model": model.name, **settings}
+    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role not in ("embed", "other")))
+    resumed = _resume(partial, about)
+    done = resumed.about["finished"] if resumed is not None else 0
+    progress = Progress("calibrate", len(prompts) * steps, on_event=on_event, cancelled=cancelled, done=done * steps)
+    timesteps = resumed.timesteps if resumed is not None else ()
+    saved = started
+    context = TimeContext(TimeGroups())
+    observers = {name: InputObserver(name, context, ROWS_PER_CALL, seed + i) for i, name in enumerate(leaders)}
+    for name, observer in observers.items() if resumed is not None else ():
+        observer.keep(resumed.layer(name))
+    with observing(model.denoiser, observers, context, argument=model.timestep_argument):
+        try:
+            for index, conditioning in list(enumerate(model.encode(prompts)))[done:]:
+                timesteps = _observe_prompt(model, conditioning, index, observers, progress, settings)
+                done = index + 1
+                if partial is not None and time.monotonic() - saved > SAVE_EVERY:
+                    _collect(observers, timesteps, {**about, "finished": done}).save(partial)
+                    saved = time.monotonic()
+        except BaseException:
+            if partial is not None and done:
+                _collect(observers, timesteps, {**about, "finished": done}).save(partial)
+            raise
+    about |= {
+        "prompts": list(prompts),
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "seconds": round(time.monotonic() - started, 2),
+    }
+    if partial is not None:
+        shutil.rmtree(partial, ignore_errors=True)
+    return _collect(observers, timesteps, about)
+
+
+def observe_ranges(
+    model: SampledModel,
+    statistics: Statistics,
+    transforms: Mapping[str, Sequence[InputTransform]],
+    groups: TimeGroups,
+    *,
+    on_event: OnEvent = ignore,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, list[tuple[float, float]]]:
+    """Second pass, for static activation grids: the range of every transformed input, one for each of its sets.
+
+    Channel ranges of the first pass do not survive a rotation, so the calibration's prompts are sampled again, in full
+    precision, and the inputs observed through their fitted transforms. `transforms` go by the name of a linear.
+    """
+    about = statistics.about
+    context = TimeContext(groups)
+    observers = {name: RangeObserver(name, context, parts) for name, parts in transforms.items()}
+    progress = Progress("observe", len(about["prompts"]) * about["steps"], on_event=on_event, cancelled=cancelled)
+    with observing(model.denoiser, observers, context, argument=model.timestep_argument):
+        for index, conditioning in enumerate(model.encode(about["prompts"])):
+            sample(
+                model,
+                conditioning,
+                about["seed"] + index,
+                steps=about["steps"],
+                guidance=about["guidance"],
+                on_step=lambda step, timestep, latents, c=conditioning: progress.advance(c.prompt),
+            )
+    return {name: observer.ranges for name, observer in observers.items()}
+
+
+def _observe_prompt(
+    model: SampledModel,
+    conditioning: Conditioning,
+    index: int,
+    observers: Mapping[str, InputObserver],
+    progress: Progress,
+    settings: Mapping[str, Any],
+) -> tuple[float, ...]:
+    """Sample one prompt under observation; returns its timesteps."""
+    for observer in observers.values():
+        observer.begin(index)
+    trajectory = sample(
+        model,
+        conditioning,
+        settings["seed"] + index,
+        steps=settings["steps"],
+        guidance=settings["guidance"],
+        on_step=lambda step, timestep, latents: progress.advance(conditioning.prompt),
+    )
+    seen = next(iter(observers.values())).timesteps
+    if len(seen) != len(trajectory.timesteps):
+        raise CalibrationError(
+            f"calibration: the scheduler gave {len(seen)} different timesteps in {len(trajectory.timesteps)} steps; "
+            "use fewer steps."
+        )
+    for observer in observers.values():
+        observer.finish()
+    return tuple(seen)
+
+
+def _collect(
+    observers: Mapping[str, InputObserver], timesteps: Sequence[float], about: Mapping[str, Any]
+) -> Statistics:
+    return Statistics(tuple(timesteps), {name: observer.result() for name, observer in observers.items()}, about)
+
+
+def _resume(partial: Path | None, about: Mapping[str, Any]) -> Statistics | None:
+    """What an interrupted calibration with the same fingerprint left, None if there is nothing usable."""
+    if partial is None or not partial.is_dir():
+        return None
+    try:
+        statistics = Statistics.load(partial)
+    except CalibrationError:
+        return None
+    return statistics if statistics.about["fingerprint"] == about["fingerprint"] else None
+
+
+def store(statistics: Statistics, folder: Path) -> Path:
+    """Save statistics under `folder`/<fingerprint>, and return that folder."""
+    target = folder / statistics.about["fingerprint"]
+    statistics.save(target)
+    return target

@@ -1,0 +1,272 @@
+// The kernels for x86-64 CPUs with AVX512 (F, BW, VL, DQ) and VNNI. Compiled always, run only where the CPU has them.
+#pragma once
+
+#include "common.h"
+#include "portable.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+#define TRDQ_X86 1
+#include <immintrin.h>
+
+#define TRDQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
+#define TRDQ_INLINE TRDQ_AVX512 inline __attribute__((always_inline))
+
+namespace trdq {
+namespace avx512 {
+
+inline bool supported() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
+TRDQ_INLINE __mmask16 tail_mask(int64_t left) {
+  return left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u);
+}
+
+// ---- rows -----------------------------------------------------------------------------------------------------
+
+TRDQ_AVX512 inline void scale(const float* x, const float* factor, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = tail_mask(n - i);
+    _mm512_mask_storeu_ps(y + i, mask, _mm512_maskz_loadu_ps(mask, x + i) * _mm512_maskz_loadu_ps(mask, factor + i));
+  }
+}
+
+template <int kRows>
+TRDQ_INLINE void rotate_tile(const float* x, float* y, int64_t width, const float* matrix, int64_t size) {
+  __m512 acc[kRows][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
+  for (int64_t k = 0; k < size; k++, matrix += kRotationPanel) {
+    const __m512 m0 = _mm512_loadu_ps(matrix), m1 = _mm512_loadu_ps(matrix + 16);
+#pragma GCC unroll 12
+    for (int r = 0; r < kRows; r++) {
+      const __m512 v = _mm512_set1_ps(x[r * width + k]);
+      acc[r][0] = _mm512_fmadd_ps(v, m0, acc[r][0]);
+      acc[r][1] = _mm512_fmadd_ps(v, m1, acc[r][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < kRows; r++) {
+    _mm512_storeu_ps(y + r * width, acc[r][0]);
+    _mm512_storeu_ps(y + r * width + 16, acc[r][1]);
+  }
+}
+
+TRDQ_INLINE void rotate_rows(const float* x, float* y, int64_t rows, int64_t width, const float* matrix, int64_t size) {
+  int64_t r = 0;
+  for (; r + 12 <= rows; r += 12) rotate_tile<12>(x + r * width, y + r * width, width, matrix, size);
+  for (; r + 6 <= rows; r += 6) rotate_tile<6>(x + r * width, y + r * width, width, matrix, size);
+  for (; r + 2 <= rows; r += 2) rotate_tile<2>(x + r * width, y + r * width, width, matrix, size);
+  for (; r < rows; r++) rotate_tile<1>(x + r * width, y + r * width, width, matrix, size);
+}
+
+// Panels outermost: one panel (16 KiB at n = 128) stays in the first-level cache for every block and row of the tile.
+TRDQ_AVX512 inline void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation) {
+  if (rotation.panel != kRotationPanel) return portable::rotate(x, y, rows, width, rotation);
+  for (int64_t start = 0; start < rotation.size; start += kRotationPanel) {
+    const float* matrix = rotation.data + start * rotation.size;
+    for (int64_t block = 0; block < width; block += rotation.size) {
+      rotate_rows(x + block, y + block + start, rows, width, matrix, rotation.size);
+    }
+  }
+}
+
+// Four butterfly levels inside one register, lane pairs at distance 1, 2, 4 and 8: partner + sign * own, where the upper
+// lane of a pair has sign -1 and so gets (lower - upper).
+TRDQ_INLINE __m512 hadamard16(__m512 v) {
+  const __m512 one = _mm512_set1_ps(1.0f), minus = _mm512_set1_ps(-1.0f);
+  v = _mm512_fmadd_ps(v, _mm512_mask_mov_ps(one, 0xAAAA, minus), _mm512_permute_ps(v, 0xB1));
+  v = _mm512_fmadd_ps(v, _mm512_mask_mov_ps(one, 0xCCCC, minus), _mm512_permute_ps(v, 0x4E));
+  v = _mm512_fmadd_ps(v, _mm512_mask_mov_ps(one, 0xF0F0, minus), _mm512_shuffle_f32x4(v, v, 0xB1));
+  return _mm512_fmadd_ps(v, _mm512_mask_mov_ps(one, 0xFF00, minus), _mm512_shuffle_f32x4(v, v, 0x4E));
+}
+
+// One block of 16 * kVectors channels, held in registers from load to store.
+template <int kVectors>
+TRDQ_AVX512 inline void hadamard_blocks(const float* x, float* y, int64_t n) {
+  const __m512 norm = _mm512_set1_ps(1.0f / std::sqrt(16.0f * kVectors));
+  for (const float* end = x + n; x < end; x += 16 * kVectors, y += 16 * kVectors) {
+    __m512 v[kVectors];
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) v[i] = hadamard16(_mm512_mul_ps(_mm512_loadu_ps(x + 16 * i), norm));
+#pragma GCC unroll 4
+    for (int half = 1; half < kVectors; half *= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kVectors; i++) {
+        if (i & half) continue;
+        const __m512 a = v[i], b = v[i + half];
+        v[i] = _mm512_add_ps(a, b);
+        v[i + half] = _mm512_sub_ps(a, b);
+      }
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kVectors; i++) _mm512_storeu_ps(y + 16 * i, v[i]);
+  }
+}
+
+inline void hadamard(const float* x, float* y, int64_t n, int64_t block) {
+  switch (block) {
+    case 32: return hadamard_blocks<2>(x, y, n);
+    case 64: return hadamard_blocks<4>(x, y, n);
+    case 128: return hadamard_blocks<8>(x, y, n);
+    default: return hadamard_blocks<16>(x, y, n);
+  }
+}
+
+TRDQ_AVX512 inline void range(const float* x, int64_t n, float* low, float* high) {
+  // Masked-off lanes read as 0, which the range holds anyway. Four accumulators hide the latency of max.
+  __m512 lo[4], hi[4];
+  for (int j = 0; j < 4; j++) lo[j] = hi[j] = _mm512_setzero_ps();
+  int64_t i = 0;
+  for (; i + 64 <= n; i += 64) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+      lo[j] = _mm512_min_ps(v, lo[j]);
+      hi[j] = _mm512_max_ps(v, hi[j]);
+    }
+  }
+  for (; i < n; i += 16) {
+    const __m512 v = _mm512_maskz_loadu_ps(tail_mask(n - i), x + i);
+    lo[0] = _mm512_min_ps(v, lo[0]);
+    hi[0] = _mm512_max_ps(v, hi[0]);
+  }
+  *low = _mm512_reduce_min_ps(_mm512_min_ps(_mm512_min_ps(lo[0], lo[1]), _mm512_min_ps(lo[2], lo[3])));
+  *high = _mm512_reduce_max_ps(_mm512_max_ps(_mm512_max_ps(hi[0], hi[1]), _mm512_max_ps(hi[2], hi[3])));
+}
+
+TRDQ_AVX512 inline int32_t quantize(const float* x, int64_t n, const Grid& grid, uint8_t* q) {
+  const __m512 scale = _mm512_set1_ps(grid.scale);
+  const __m512 low = _mm512_set1_ps(static_cast<float>(grid.low - grid.zero_point));
+  const __m512 high = _mm512_set1_ps(static_cast<float>(grid.high - grid.zero_point));
+  const __m512i zero_point = _mm512_set1_epi32(grid.zero_point);
+  __m512i sum = _mm512_setzero_si512();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = tail_mask(n - i);
+    // A true division, not a product with 1 / scale: the levels are then bit-equal to the reference's, and memory is
+    // what limits this loop. The clip comes before the conversion, which turns anything beyond int32 into INT_MIN;
+    // max returns `low` for a NaN.
+    __m512 v = _mm512_div_ps(_mm512_maskz_loadu_ps(mask, x + i), scale);
+    v = _mm512_min_ps(_mm512_max_ps(v, low), high);
+    const __m512i level = _mm512_add_epi32(_mm512_cvtps_epi32(v), zero_point);
+    sum = _mm512_mask_add_epi32(sum, mask, sum, level);
+    _mm_mask_storeu_epi8(q + i, mask, _mm512_cvtepi32_epi8(level));
+  }
+  return _mm512_reduce_add_epi32(sum);
+}
+
+// ---- panels ---------------------------------------------------------------------------------------------------
+
+// The instruction by name: gcc 12 spills the accumulators around the intrinsic, which costs more than half the speed.
+TRDQ_INLINE void dot(__m512i& acc, __m512i a, __m512i w) { asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(a), "v"(w)); }
+
+template <int kRows>
+TRDQ_INLINE void accumulate(const uint8_t* a, int64_t lda, const int8_t* w, __m512i (&acc)[kRows][4]) {
+  constexpr int64_t kAhead = 1024;  // bytes of weights fetched ahead: four steps of k
+  for (int64_t k = 0; k < lda; k += 4, w += 4 * kPanel) {
+    __m512i weights[4];
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+      weights[j] = _mm512_loadu_si512(w + 64 * j);
+      _mm_prefetch(reinterpret_cast<const char*>(w + kAhead + 64 * j), _MM_HINT_T0);
+    }
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      int32_t quad;
+      std::memcpy(&quad, a + r * lda + k, sizeof quad);
+      const __m512i values = _mm512_set1_epi32(quad);
+#pragma GCC unroll 4
+      for (int j = 0; j < 4; j++) dot(acc[r][j], values, weights[j]);
+    }
+  }
+}
+
+// y = a_scale * w_scale * (acc - a_zero * column_sum - w_zero * (a_sum - depth * a_zero)) + bias, exact up to the
+// bracket: the integer terms may wrap on the way, their sum fits (see kMaxDepth).
+template <int kRows>
+TRDQ_INLINE void finish(const PanelTask& task, int64_t row, const __m512i (&acc)[kRows][4]) {
+#pragma GCC unroll 4
+  for (int j = 0; j < 4; j++) {
+    const __mmask16 mask = tail_mask(task.columns - 16 * j);
+    const __m512i column_sum = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(mask, task.column_sum + 16 * j));
+    const __m512 w_scale = _mm512_maskz_loadu_ps(mask, task.w_scale + 16 * j);
+    const __m512 bias = task.bias ? _mm512_maskz_loadu_ps(mask, task.bias + 16 * j) : _mm512_setzero_ps();
+#pragma GCC unroll 6
+    for (int r = 0; r < kRows; r++) {
+      const __m512i zero = _mm512_cvtps_epi32(_mm512_set1_ps(task.a_zero[row + r]));
+      __m512i exact = _mm512_sub_epi32(acc[r][j], _mm512_mullo_epi32(zero, column_sum));
+      if (task.w_zero != nullptr) {
+        const __m512i w_zero = _mm512_cvtps_epi32(_mm512_maskz_loadu_ps(mask, task.w_zero + 16 * j));
+        const __m512i depth = _mm512_set1_epi32(static_cast<int32_t>(task.depth));
+        const __m512i centred = _mm512_sub_epi32(_mm512_set1_epi32(task.a_sum[row + r]), _mm512_mullo_epi32(depth, zero));
+        exact = _mm512_sub_epi32(exact, _mm512_mullo_epi32(w_zero, centred));
+      }
+      const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), w_scale);
+      const __m512 y = _mm512_fmadd_ps(value, _mm512_set1_ps(task.a_scale[row + r]), bias);
+      _mm512_mask_storeu_ps(task.y + (row + r) * task.ldy + 16 * j, mask, y);
+    }
+  }
+}
+
+template <int kRows>
+TRDQ_AVX512 inline void product_tile(const PanelTask& task, int64_t row) {
+  __m512i acc[kRows][4];
+#pragma GCC unroll 6
+  for (int r = 0; r < kRows; r++) {
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_si512();
+  }
+  accumulate<kRows>(task.a + row * task.lda, task.lda, task.w, acc);
+  finish<kRows>(task, row, acc);
+}
+
+TRDQ_AVX512 inline void product(const PanelTask& task) {
+  int64_t row = 0;
+  for (; row + kTileRows <= task.rows; row += kTileRows) product_tile<kTileRows>(task, row);
+  switch (task.rows - row) {
+    case 5: return product_tile<5>(task, row);
+    case 4: return product_tile<4>(task, row);
+    case 3: return product_tile<3>(task, row);
+    case 2: return product_tile<2>(task, row);
+    case 1: return product_tile<1>(task, row);
+    default: return;
+  }
+}
+
+// Nibbles 0..15 stand for -8..7. A column's scale s (1..16) multiplies two nibbles in one 16-bit product without a
+// carry, since 15 * 16 < 256; taking 8 * s from every byte then gives (nibble - 8) * s in -128..112.
+TRDQ_INLINE void unpack_group(const uint8_t* packed, __m512i factor, __m512i offset, int64_t k8, int8_t* w) {
+  const __m512i nibble = _mm512_set1_epi8(15);
+  for (int64_t k = 0; k < k8; k++, packed += 4 * kPanel, w += 8 * kPanel) {
+    const __m512i v = _mm512_loadu_si512(packed);
+    const __m512i even = _mm512_mullo_epi16(_mm512_and_si512(v, nibble), factor);
+    const __m512i odd = _mm512_mullo_epi16(_mm512_and_si512(_mm512_srli_epi16(v, 4), nibble), factor);
+    _mm512_storeu_si512(w, _mm512_sub_epi8(even, offset));
+    _mm512_storeu_si512(w + 4 * kPanel, _mm512_sub_epi8(odd, offset));
+  }
+}
+
+TRDQ_AVX512 inline void unpack(const uint8_t* packed, const uint8_t* group_scale, int64_t k8, int64_t group8, int8_t* w) {
+  for (int64_t k = 0; k < k8; k += group8) {
+    for (int j = 0; j < 4; j++) {
+      __m512i s = _mm512_set1_epi32(1);
+      if (group_scale != nullptr) {
+        const void* scales = group_scale + k / group8 * kPanel + 16 * j;
+        s = _mm512_cvtepu8_epi32(_mm_loadu_si128(static_cast<const __m128i*>(scales)));
+      }
+      const __m512i factor = _mm512_or_si512(s, _mm512_slli_epi32(s, 16));
+      const __m512i offset = _mm512_slli_epi16(_mm512_or_si512(factor, _mm512_slli_epi32(factor, 8)), 3);
+      const int64_t count = std::min(group8, k8 - k);
+      unpack_group(packed + k * 4 * kPanel + 64 * j, factor, offset, count, w + k * 8 * kPanel + 64 * j);
+    }
+  }
+}
+
+constexpr RowOps kRowOps = {scale, rotate, hadamard, range, quantize};
+constexpr PanelOps kPanelOps = {product, unpack, portable::product_bytes};
+
+}  // namespace avx512
+}  // namespace trdq
+#endif  // x86-64

@@ -1,0 +1,131 @@
+// The kernels in plain C++: right everywhere, vectorised only as far as the compiler does it by itself.
+#pragma once
+
+#include "common.h"
+
+// Inlined always, so that avx2.h can compile the same bodies for its own registers.
+#define TRDQ_PLAIN inline __attribute__((always_inline))
+
+namespace trdq {
+namespace portable {
+
+TRDQ_PLAIN void scale(const float* x, const float* factor, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor[i];
+}
+
+TRDQ_PLAIN void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation) {
+  const int64_t size = rotation.size, panel = rotation.panel;
+  for (int64_t row = 0; row < rows; row++) {
+    for (int64_t start = 0; start < width; start += panel) {
+      const int64_t block = start / size * size;
+      const float* values = x + row * width + block;
+      const float* matrix = rotation.data + (start - block) * size;
+      float* out = y + row * width + start;
+      std::fill(out, out + panel, 0.0f);
+      for (int64_t k = 0; k < size; k++) {
+        for (int64_t j = 0; j < panel; j++) out[j] += values[k] * matrix[k * panel + j];
+      }
+    }
+  }
+}
+
+TRDQ_PLAIN void hadamard(const float* x, float* y, int64_t n, int64_t block) {
+  const float norm = 1.0f / std::sqrt(static_cast<float>(block));
+  for (int64_t i = 0; i < n; i++) y[i] = x[i] * norm;
+  for (int64_t half = 1; half < block; half *= 2) {
+    for (int64_t start = 0; start < n; start += 2 * half) {
+      float *a = y + start, *b = a + half;
+      for (int64_t i = 0; i < half; i++) {
+        const float sum = a[i] + b[i], difference = a[i] - b[i];
+        a[i] = sum;
+        b[i] = difference;
+      }
+    }
+  }
+}
+
+TRDQ_PLAIN void range(const float* x, int64_t n, float* low, float* high) {
+  // Lanes of their own: a compiler may not reorder one running minimum, but sixteen are a register or two.
+  constexpr int64_t kLanes = 16;
+  float lo[kLanes] = {}, hi[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int64_t j = 0; j < kLanes; j++) {
+      lo[j] = x[i + j] < lo[j] ? x[i + j] : lo[j];
+      hi[j] = x[i + j] > hi[j] ? x[i + j] : hi[j];
+    }
+  }
+  for (; i < n; i++) {
+    lo[0] = x[i] < lo[0] ? x[i] : lo[0];
+    hi[0] = x[i] > hi[0] ? x[i] : hi[0];
+  }
+  *low = *std::min_element(lo, lo + kLanes);
+  *high = *std::max_element(hi, hi + kLanes);
+}
+
+TRDQ_PLAIN int32_t quantize(const float* x, int64_t n, const Grid& grid, uint8_t* q) {
+  const float low = static_cast<float>(grid.low - grid.zero_point);
+  const float high = static_cast<float>(grid.high - grid.zero_point);
+  // Adding and taking away 1.5 * 2^23 rounds half to even without a library call; the clip before it keeps
+  // the sum in range. A NaN fails both comparisons' "inside" test and becomes `low`.
+  const float magic = 12582912.0f;
+  int32_t sum = 0;
+  for (int64_t i = 0; i < n; i++) {
+    float v = x[i] / grid.scale;
+    v = v > low ? v : low;
+    v = v < high ? v : high;
+    const int32_t level = static_cast<int32_t>((v + magic) - magic) + grid.zero_point;
+    q[i] = static_cast<uint8_t>(level);
+    sum += level;
+  }
+  return sum;
+}
+
+// Outputs of `count` columns of the panel, starting at `first`.
+TRDQ_PLAIN void store_columns(const PanelTask& task, int64_t row, int64_t first, int64_t count, const int32_t* acc) {
+  const int32_t zero = static_cast<int32_t>(task.a_zero[row]);
+  // Unsigned arithmetic: the intermediate sums may wrap, the final value fits (see kMaxDepth).
+  const uint32_t centred = static_cast<uint32_t>(task.a_sum[row]) - static_cast<uint32_t>(task.depth) * zero;
+  for (int64_t i = 0; i < count; i++) {
+    const int64_t n = first + i;
+    const uint32_t column_sum = static_cast<uint32_t>(static_cast<int32_t>(task.column_sum[n]));
+    uint32_t exact = static_cast<uint32_t>(acc[i]) - static_cast<uint32_t>(zero) * column_sum;
+    if (task.w_zero != nullptr) exact -= centred * static_cast<uint32_t>(static_cast<int32_t>(task.w_zero[n]));
+    const float value = static_cast<float>(static_cast<int32_t>(exact)) * task.w_scale[n] * task.a_scale[row];
+    task.y[row * task.ldy + n] = task.bias != nullptr ? value + task.bias[n] : value;
+  }
+}
+
+TRDQ_PLAIN void product(const PanelTask& task) {
+  for (int64_t row = 0; row < task.rows; row++) {
+    int32_t acc[kPanel] = {};
+    const uint8_t* a = task.a + row * task.lda;
+    const int8_t* w = task.w;
+    for (int64_t k = 0; k < task.lda; k += 4, w += 4 * kPanel) {
+      for (int64_t n = 0; n < kPanel; n++) {
+        for (int64_t i = 0; i < 4; i++) acc[n] += static_cast<int32_t>(a[k + i]) * w[4 * n + i];
+      }
+    }
+    store_columns(task, row, 0, task.columns, acc);
+  }
+}
+
+TRDQ_PLAIN void unpack(const uint8_t* packed, const uint8_t* group_scale, int64_t k8, int64_t group8, int8_t* w) {
+  for (int64_t k = 0; k < k8; k++) {
+    const uint8_t* scales = group_scale == nullptr ? nullptr : group_scale + k / group8 * kPanel;
+    for (int64_t i = 0; i < 4 * kPanel; i++) {
+      const int32_t factor = scales == nullptr ? 1 : scales[i / 4];
+      const uint8_t pair = packed[k * 4 * kPanel + i];
+      w[(2 * k) * 4 * kPanel + i] = static_cast<int8_t>(((pair & 15) - 8) * factor);
+      w[(2 * k + 1) * 4 * kPanel + i] = static_cast<int8_t>(((pair >> 4) - 8) * factor);
+    }
+  }
+}
+
+constexpr RowOps kRowOps = {scale, rotate, hadamard, range, quantize};
+inline size_t product_bytes(int64_t, int64_t) { return 0; }
+
+constexpr PanelOps kPanelOps = {product, unpack, product_bytes};
+
+}  // namespace portable
+}  // namespace trdq

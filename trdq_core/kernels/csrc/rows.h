@@ -1,0 +1,201 @@
+// The online transform and the quantization of activations: tiles of rows, spread over a team of threads.
+#pragma once
+
+#include "runtime.h"
+
+namespace trdq {
+namespace {
+
+struct Stages {
+  const float* inverse_scale;
+  Rotation rotation;
+  const int32_t* permutation;
+  int64_t hadamard_block;
+  Rotation second_rotation;
+
+  bool empty() const {
+    return inverse_scale == nullptr && rotation.data == nullptr && permutation == nullptr && hadamard_block == 0 &&
+           second_rotation.data == nullptr;
+  }
+};
+
+Stages make_stages(const float* inverse_scale, const float* rotation, int64_t rotation_size, const int32_t* permutation,
+                   int64_t hadamard_block, const float* second_rotation, int64_t second_size) {
+  return {inverse_scale, {rotation, rotation == nullptr ? 0 : rotation_size, 0}, permutation, hadamard_block,
+          {second_rotation, second_rotation == nullptr ? 0 : second_size, 0}};
+}
+
+bool rotation_fits(const Rotation& rotation, int64_t width) {
+  return rotation.data == nullptr || (rotation.size > 0 && width % rotation.size == 0);
+}
+
+bool stages_fit(const Stages& stages, int64_t width) {
+  if (!rotation_fits(stages.rotation, width) || !rotation_fits(stages.second_rotation, width)) return false;
+  const int64_t block = stages.hadamard_block;
+  if (block != 0 && block != 32 && block != 64 && block != 128 && block != 256) return false;
+  if (block != 0 && width % block != 0) return false;
+  if (stages.permutation == nullptr) return true;
+  // An index outside the row would read foreign memory; one pass over it costs less than a microsecond.
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < width; i++) largest = std::max(largest, static_cast<uint32_t>(stages.permutation[i]));
+  return largest < static_cast<uint64_t>(width);
+}
+
+int64_t packed_floats(const Rotation& rotation) { return rotation.data == nullptr ? 0 : rotation.size * rotation.size; }
+
+// Row-major matrix -> column panels, so that the tile kernel reads it front to back and no two rows share a cache set.
+Rotation pack_rotation(const Rotation& rotation, float* out) {
+  if (rotation.data == nullptr) return rotation;
+  const int64_t size = rotation.size, panel = size % kRotationPanel == 0 ? kRotationPanel : size;
+  for (int64_t start = 0; start < size; start += panel) {
+    for (int64_t k = 0; k < size; k++) {
+      std::memcpy(out + (start * size + k * panel), rotation.data + k * size + start, panel * sizeof(float));
+    }
+  }
+  return {out, size, panel};
+}
+
+bool pack_rotations(Stages& stages) {
+  const int64_t first = packed_floats(stages.rotation), second = packed_floats(stages.second_rotation);
+  if (first + second == 0) return true;
+  float* memory = static_cast<float*>(rotation_scratch.reserve((first + second) * sizeof(float)));
+  if (memory == nullptr) return false;
+  stages.rotation = pack_rotation(stages.rotation, memory);
+  stages.second_rotation = pack_rotation(stages.second_rotation, memory + first);
+  return true;
+}
+
+void gather(const float* x, const int32_t* index, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = x[index[i]];
+}
+
+// Returns where the transformed rows lie: x itself, a or b. a and b hold rows * width floats each.
+const float* transform_tile(const Stages& stages, const float* x, int64_t rows, int64_t width, float* a, float* b) {
+  const RowOps& ops = row_ops();
+  const float* from = x;
+  float* to = a;
+  const auto done = [&] {
+    from = to;
+    to = to == a ? b : a;
+  };
+  if (stages.inverse_scale != nullptr) {
+    for (int64_t r = 0; r < rows; r++) ops.scale(from + r * width, stages.inverse_scale, to + r * width, width);
+    done();
+  }
+  if (stages.rotation.data != nullptr) {
+    ops.rotate(from, to, rows, width, stages.rotation);
+    done();
+  }
+  if (stages.permutation != nullptr) {
+    for (int64_t r = 0; r < rows; r++) gather(from + r * width, stages.permutation, to + r * width, width);
+    done();
+  }
+  if (stages.hadamard_block != 0) {
+    ops.hadamard(from, to, rows * width, stages.hadamard_block);
+    done();
+  }
+  if (stages.second_rotation.data != nullptr) {
+    ops.rotate(from, to, rows, width, stages.second_rotation);
+    done();
+  }
+  return from;
+}
+
+int64_t tile_rows(const Stages& stages, int64_t tokens, int64_t width, int threads) {
+  const bool rotates = stages.rotation.data != nullptr || stages.second_rotation.data != nullptr;
+  // A rotation wants many rows for each panel of its matrix; everything else goes row by row and wants a tile that
+  // stays in the first-level cache.
+  int64_t rows = (rotates ? kRotatedTileBytes : kTileBytes) / (width * static_cast<int64_t>(sizeof(float)));
+  if (rotates) rows = std::max<int64_t>(rows / 12 * 12, 6);
+  return std::max<int64_t>(std::min({rows, int64_t{24}, ceil_div(tokens, threads)}), 1);
+}
+
+int64_t transform_work(const Stages& stages, int64_t tokens, int64_t width) {
+  const int64_t rotations = stages.rotation.size + stages.second_rotation.size;
+  return tokens * width * (1 + rotations / 16);
+}
+
+// Calls sink(first_row, rows, transformed rows) for every tile, tiles spread over the team.
+template <typename Sink>
+int for_each_tile(Stages stages, const float* x, int64_t tokens, int64_t width, int threads, const Sink& sink) {
+  if (!stages_fit(stages, width)) return kBadArgument;
+  if (tokens == 0 || width == 0) return kOk;
+  if (!pack_rotations(stages)) return kNoMemory;
+  threads = team(threads, transform_work(stages, tokens, width), kQuantizeGrain, tokens);
+  const int64_t rows = tile_rows(stages, tokens, width, threads), tiles = ceil_div(tokens, rows);
+  const size_t floats = stages.empty() ? 0 : static_cast<size_t>(rows * ((width + 15) / 16 * 16));
+  int status = kOk;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    float* memory = floats == 0 ? nullptr : static_cast<float*>(tile_scratch.reserve(2 * floats * sizeof(float)));
+    const bool ready = floats == 0 || memory != nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t tile = 0; tile < tiles; tile++) {
+      const int64_t first = tile * rows, count = std::min(rows, tokens - first);
+      if (ready) {
+        sink(first, count, transform_tile(stages, x + first * width, count, width, memory, memory + floats));
+      } else {
+#pragma omp atomic write
+        status = kNoMemory;
+      }
+    }
+  }
+  return status;
+}
+
+Grid fixed_grid(float scale, float zero_point, int bits, bool symmetric) {
+  const int32_t half = (1 << (bits - 1)) - 1;
+  const int32_t high = symmetric ? 128 + half : (1 << bits) - 1;
+  // Written so that a NaN ends at the lower bound.
+  const int32_t zero = zero_point > 0.0f ? static_cast<int32_t>(std::min(zero_point, 255.0f)) : 0;
+  return {scale, zero, symmetric ? 128 - half : 0, high};
+}
+
+Grid row_grid(const float* x, int64_t width, int bits, bool symmetric) {
+  float low, high;
+  row_ops().range(x, width, &low, &high);
+  if (symmetric) {
+    const float absmax = std::max(std::max(-low, high), 1e-12f);
+    return fixed_grid(absmax / static_cast<float>((1 << (bits - 1)) - 1), 128.0f, bits, true);
+  }
+  const float levels = static_cast<float>((1 << bits) - 1);
+  const float scale = std::max(high - low, 1e-12f) / levels;
+  return fixed_grid(scale, std::min(std::nearbyint(-low / scale), levels), bits, false);
+}
+
+struct Levels {
+  uint8_t* values;  // tokens x stride
+  int64_t stride;   // at least width; bytes past width are set to 0
+  float* scale;
+  float* zero_point;
+  int32_t* row_sum;
+};
+
+struct Request {
+  int bits;
+  bool symmetric;
+  const float* static_scale;  // one element, or null for a grid per token
+  const float* static_zero;
+};
+
+int quantize(const Stages& stages, const float* x, int64_t tokens, int64_t width, const Request& request,
+             const Levels& out, int threads) {
+  if (request.bits < 2 || request.bits > 8) return kBadArgument;
+  return for_each_tile(stages, x, tokens, width, threads, [&](int64_t first, int64_t rows, const float* t) {
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t token = first + r;
+      const float* row = t + r * width;
+      uint8_t* values = out.values + token * out.stride;
+      const Grid grid = request.static_scale != nullptr
+                            ? fixed_grid(*request.static_scale, *request.static_zero, request.bits, request.symmetric)
+                            : row_grid(row, width, request.bits, request.symmetric);
+      out.row_sum[token] = row_ops().quantize(row, width, grid, values);
+      std::memset(values + width, 0, out.stride - width);
+      out.scale[token] = grid.scale;
+      out.zero_point[token] = static_cast<float>(grid.zero_point);
+    }
+  });
+}
+
+}  // namespace
+}  // namespace trdq

@@ -1,0 +1,68 @@
+// What both halves of the library need at run time: the choice of instruction set, thread teams, per-thread memory.
+#pragma once
+
+#include <omp.h>
+
+#include "avx2.h"
+#include "avx512.h"
+#include "common.h"
+#include "portable.h"
+
+namespace trdq {
+namespace {
+
+enum Status : int { kOk = 0, kBadArgument = 1, kNoMemory = 2 };
+
+constexpr int kAbiVersion = 1;
+// 255 * 255 * depth must stay under 2^31: the exact integer result of one output.
+constexpr int64_t kMaxDepth = 33000;
+// One activation block plus one weight panel should share a second-level cache of 1 MiB or more.
+constexpr int64_t kBlockBytes = 256 * 1024;
+constexpr int64_t kTileBytes = 16 * 1024;
+constexpr int64_t kRotatedTileBytes = 96 * 1024;
+constexpr int64_t kLevelBytes = 4 * 1024 * 1024;
+// Below this many element operations a second thread costs more than it brings.
+constexpr int64_t kQuantizeGrain = 16 * 1024;
+constexpr int64_t kProductGrain = 512 * 1024;
+
+// What the kernels are written for, from the slowest to the fastest.
+enum Path : int { kPortable = 0, kAvx2 = 1, kAvx512Vnni = 2 };
+
+int highest_path = kAvx512Vnni;  // lowered by tests only
+
+Path path() {
+#ifdef TRDQ_X86
+  static const Path found = avx512::supported() ? kAvx512Vnni : avx2::supported() ? kAvx2 : kPortable;
+  return static_cast<Path>(std::min<int>(found, highest_path));
+#else
+  return kPortable;
+#endif
+}
+
+const RowOps& row_ops() {
+#ifdef TRDQ_X86
+  if (path() == kAvx512Vnni) return avx512::kRowOps;
+  if (path() == kAvx2) return avx2::kRowOps;
+#endif
+  return portable::kRowOps;
+}
+
+const PanelOps& panel_ops() {
+#ifdef TRDQ_X86
+  if (path() == kAvx512Vnni) return avx512::kPanelOps;
+  if (path() == kAvx2) return avx2::kPanelOps;
+#endif
+  return portable::kPanelOps;
+}
+
+thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch;
+
+int team(int threads, int64_t work, int64_t grain, int64_t tasks) {
+  const int64_t useful = std::min<int64_t>({threads, tasks, 1 + work / grain});
+  return static_cast<int>(std::max<int64_t>(useful, 1));
+}
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+}  // namespace trdq

@@ -1,0 +1,183 @@
+"""Which backend runs, and the kernels through it; the only kernel module that layers and reports need."""
+
+from __future__ import annotations
+
+import math
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from trdq_core.errors import BackendUnavailable
+from trdq_core.kernels import build, cpu, native, reference, torch_eager
+from trdq_core.kernels.packing import pack_weight, unpack_weight
+from trdq_core.kernels.types import (
+    NO_STAGES,
+    InputStages,
+    PackedWeight,
+    QuantizedActivation,
+    StaticGrid,
+)
+
+Backend = Literal["reference", "torch", "cpp"]
+BACKENDS: tuple[Backend, ...] = get_args(Backend)
+
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "describe",
+    "is_simulated",
+    "kernel_name",
+    "linear",
+    "linear_from_float",
+    "pack_weight",
+    "quantize_activation",
+    "select_backend",
+    "transform",
+    "unpack_weight",
+]
+
+_PATH_NAMES = {"avx512-vnni": "VNNI", "avx2": "AVX2", "portable": "portable C++"}
+_MODULES: dict[Backend, ModuleType] = {"reference": reference, "torch": torch_eager, "cpp": cpu}
+
+
+def select_backend(device: torch.device, explicit: Backend | None = None) -> Backend:
+    """The backend for tensors on `device`: `explicit` if it can run there, else the fastest that can.
+
+    BackendUnavailable says what an explicit choice lacks. Without one, "cpp" needs a CPU with AVX512-VNNI or AVX2: its
+    portable path is right but slower than float32, so other machines get "torch".
+    """
+    if explicit is None:
+        return "cpp" if _fallback_reason(device.type) is None else "torch"
+    if explicit not in BACKENDS:
+        raise BackendUnavailable(f"backend={explicit!r} is unknown; use one of {', '.join(BACKENDS)}.")
+    if explicit == "cpp":
+        if device.type != "cpu":
+            raise BackendUnavailable(f'backend "cpp" runs on the CPU only, not on {device}; use "torch" there.')
+        reason = cpu.unavailable_reason()
+        if reason is not None:
+            raise BackendUnavailable(f'backend "cpp" cannot run: {reason}')
+    return explicit
+
+
+def transform(x: Tensor, stages: InputStages = NO_STAGES, *, backend: Backend | None = None) -> Tensor:
+    """T(x) for x of (..., in_features), same shape and dtype."""
+    return _module(x, backend).transform(x, stages)
+
+
+def quantize_activation(
+    x: Tensor,
+    stages: InputStages,
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    *,
+    backend: Backend | None = None,
+) -> QuantizedActivation:
+    """Levels of T(x) for x of (..., in_features); see `reference.quantize_activation` for the grid."""
+    return _module(x, backend).quantize_activation(x, stages, bits, symmetric, static)
+
+
+def linear(
+    activation: QuantizedActivation,
+    weight: PackedWeight,
+    bias: Tensor | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """(tokens, out_features) float32; see `reference.linear` for the formula."""
+    return _module(activation.values, backend).linear(activation, weight, bias)
+
+
+def linear_from_float(
+    x: Tensor,
+    stages: InputStages,
+    weight: PackedWeight,
+    bias: Tensor | None,
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    *,
+    backend: Backend | None = None,
+) -> Tensor:
+    """(..., out_features) in the dtype of x, (..., in_features): quantization of T(x), then the product."""
+    module = _module(x, backend)
+    if module is cpu:
+        y = cpu.linear_from_float(x, stages, weight, bias, bits, symmetric, static)
+    else:
+        y = module.linear(module.quantize_activation(x, stages, bits, symmetric, static), weight, bias)
+    return y.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+
+
+def kernel_name(
+    bits: int,
+    activation_bits: int,
+    backend: Backend,
+    device: str = "cpu",
+    *,
+    in_features: int = 64,
+    group_size: int = 0,
+) -> str:
+    """What multiplies weights of `bits` with activations of `activation_bits`, in words for a report.
+
+    A size that the C++ product does not take runs through torch, and is named so.
+    """
+    storage = "int4 packed" if bits <= 4 else "int8"
+    levels = "" if activation_bits == 8 else f", {activation_bits}-bit levels"
+    if backend == "reference":
+        return f"reference float64{levels}"
+    if backend == "cpp" and cpu.fits_panels(in_features, group_size):
+        return f"{storage} {_PATH_NAMES.get(native.path(), 'unavailable')}{levels}"
+    return f"torch {'_int_mm' if _integer_product(device) else 'float32 (dequantized)'}{levels}"
+
+
+def is_simulated(backend: Backend, device: str = "cpu", *, in_features: int = 64, group_size: int = 0) -> bool:
+    """Whether the product of such a layer runs in floating point, so that its time says nothing of a real kernel."""
+    if backend == "reference":
+        return True
+    if backend == "cpp" and cpu.fits_panels(in_features, group_size):
+        return False
+    return not _integer_product(device)
+
+
+def _integer_product(device: str) -> bool:
+    return device == "cuda" or torch_eager.has_integer_product(torch.device(device))
+
+
+def describe(device: torch.device | None = None) -> dict[str, Any]:
+    """The backend for `device` (CPU if none), the CPU's features, the build and why not the fastest: JSON values."""
+    device = device or torch.device("cpu")
+    found = native.loaded()
+    seconds = math.nan if found is None else found.library.build_seconds
+    return {
+        "backend": select_backend(device),
+        "fallback_reason": _fallback_reason(device.type),
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "cpu_features": list(build.cpu_features()),
+        "path": native.path(),
+        "vectorised": native.path() == "avx512-vnni",
+        "compiler": None if found is None else found.library.compiler,
+        "build_seconds": None if math.isnan(seconds) else seconds,
+        "torch": str(torch.__version__),
+    }
+
+
+def _module(x: Tensor, backend: Backend | None) -> ModuleType:
+    return _MODULES[backend or _automatic(x.device.type)]
+
+
+# Constant under torch.compile: the choice does not change while a process lives, and building is not traceable.
+@torch.compiler.assume_constant_result
+def _automatic(device_type: str) -> Backend:
+    return select_backend(torch.device(device_type))
+
+
+def _fallback_reason(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return f"The C++ kernels run on the CPU only, and the tensors are on {device_type}."
+    reason = cpu.unavailable_reason()
+    if reason is None and native.path() == "portable":
+        return "This CPU has neither AVX512-VNNI nor AVX2, and without them the C++ kernels are slower than torch."
+    return reason

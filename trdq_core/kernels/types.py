@@ -1,0 +1,136 @@
+"""What the kernels pass around: quantized activations, the online transform, packed weights; and the checks on them."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trdq_core.errors import ShapeError
+
+HADAMARD_BLOCKS = (32, 64, 128, 256)
+PANEL = 64  # columns of one weight panel; kPanel in csrc/common.h
+
+
+class QuantizedActivation(NamedTuple):
+    """Integer levels of (tokens, in_features) activations; real value = (values - zero_point) * scale."""
+
+    values: Tensor  # (tokens, in_features) uint8
+    scale: Tensor  # (tokens,) float32
+    zero_point: Tensor  # (tokens,) float32, integer-valued, in the uint8 domain (128 for symmetric)
+    row_sum: Tensor  # (tokens,) int32, sum of values
+
+    def rows(self, first: int) -> QuantizedActivation:
+        """The tokens from `first` on; nothing is copied or quantized again."""
+        return QuantizedActivation(*(part[first:] for part in self))
+
+
+class StaticGrid(NamedTuple):
+    """One calibrated grid for every token: a scale and a zero point of one element each, float32."""
+
+    scale: Tensor
+    zero_point: Tensor  # in the uint8 domain (128 for symmetric)
+
+
+class InputStages(NamedTuple):
+    """The online transform T(x) = second_rotation(hadamard(permute(rotation(x * inverse_scale)))); any part may be absent.
+
+    A rotation is one (n, n) matrix R applied to every block of n channels as x_block @ R. The permutation gathers:
+    y[j] = x[permutation[j]]. The Hadamard transform is normalised (orthogonal), in blocks of 32, 64, 128 or 256.
+    """
+
+    inverse_scale: Tensor | None = None  # (in_features,) float32
+    rotation: Tensor | None = None  # (n, n) float32
+    permutation: Tensor | None = None  # (in_features,) int32
+    hadamard_block: int = 0
+    second_rotation: Tensor | None = None  # (n, n) float32
+
+    @property
+    def empty(self) -> bool:
+        """True where T is the identity."""
+        parts = (self.inverse_scale, self.rotation, self.permutation, self.second_rotation)
+        return not self.hadamard_block and all(part is None for part in parts)
+
+
+NO_STAGES = InputStages()
+
+
+class PackedWeight(NamedTuple):
+    """A weight of (out_features, in_features) integers in panels of 64 columns, ready for every backend.
+
+    Real value = (integer * group_scale - zero_point) * scale, where group_scale is 1 if absent.
+    data, 8 bits: int8  (panels, ceil(in/4), 64, 4)
+          4 bits: uint8 (panels, ceil(in/8), 64, 4); low nibble = channels 8j..8j+3, high = 8j+4..8j+7, value + 8
+    All tensors are contiguous, so a set of weights can be stacked along a new first axis and indexed without a copy.
+    """
+
+    data: Tensor
+    scale: Tensor  # (out_features,) float32
+    zero_point: Tensor | None  # (out_features,) float32, integer-valued
+    column_sum: Tensor  # (out_features,) float32: sum over in_features of integer * group_scale
+    group_scale: Tensor | None  # (out_features, in_features / group_size) int8, 1..16; 4 bits only
+    bits: int  # storage: 8 or 4
+    group_size: int  # 0 without group_scale
+    in_features: int
+    out_features: int
+
+
+def check_bits(bits: int) -> None:
+    """Raises ShapeError unless activations of `bits` fit the 8-bit product."""
+    if not 2 <= bits <= 8:
+        raise ShapeError(f"activation bits={bits} cannot run; use 2 to 8.")
+
+
+def check_input(x: Tensor, stages: InputStages) -> None:
+    """Raises ShapeError where x, (..., in_features), cannot pass through the stages."""
+    if x.dim() == 0 or not x.is_floating_point():
+        raise ShapeError(f"the input is {x.dtype} of shape {tuple(x.shape)}; give floats of shape (..., in_features).")
+    width = x.shape[-1]
+    inverse_scale, rotation, permutation, block, second_rotation = stages
+    if inverse_scale is not None:
+        _check_vector("inverse_scale", inverse_scale, width, torch.float32)
+    if permutation is not None:
+        _check_vector("permutation", permutation, width, torch.int32)
+    if rotation is not None:
+        _check_rotation("rotation", rotation, width)
+    if second_rotation is not None:
+        _check_rotation("second_rotation", second_rotation, width)
+    if block and (block not in HADAMARD_BLOCKS or width % block):
+        allowed = [size for size in HADAMARD_BLOCKS if width % size == 0]
+        raise ShapeError(f"hadamard_block={block} does not fit {width} channels; use 0 or one of {allowed}.")
+
+
+def _check_vector(name: str, vector: Tensor, width: int, dtype: torch.dtype) -> None:
+    if vector.dtype is not dtype or vector.shape != (width,):
+        raise ShapeError(f"{name} is {vector.dtype} {tuple(vector.shape)}; {width} channels need {dtype} ({width},).")
+
+
+def _check_rotation(name: str, matrix: Tensor, width: int) -> None:
+    size = matrix.shape[0] if matrix.dim() == 2 else 0
+    if matrix.dtype is not torch.float32 or size == 0 or matrix.shape[1] != size or width % size:
+        raise ShapeError(
+            f"{name} is {matrix.dtype} {tuple(matrix.shape)}; {width} channels need a square float32 matrix "
+            f"whose size divides {width}."
+        )
+
+
+def check_product(values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    """Raises ShapeError where levels or inputs, (tokens, in_features), weight and bias do not belong together."""
+    if values.shape[-1] != weight.in_features:
+        raise ShapeError(
+            f"the input has {values.shape[-1]} channels but the weight takes in_features={weight.in_features}."
+        )
+    if bias is not None and bias.shape != (weight.out_features,):
+        raise ShapeError(f"bias has shape {tuple(bias.shape)} but the weight gives out_features={weight.out_features}.")
+    if weight.data.shape != packed_shape(weight.bits, weight.in_features, weight.out_features):
+        raise ShapeError(
+            f"packed data has shape {tuple(weight.data.shape)}; {weight.bits} bits, in_features={weight.in_features} "
+            f"and out_features={weight.out_features} need one set of "
+            f"{packed_shape(weight.bits, weight.in_features, weight.out_features)}."
+        )
+
+
+def packed_shape(bits: int, in_features: int, out_features: int) -> tuple[int, int, int, int]:
+    """Shape of `PackedWeight.data`: bytes of 8 bits hold 4 channels per lane, nibbles of 4 bits hold 8."""
+    return (-(-out_features // PANEL), -(-in_features // (32 // bits)), PANEL, 4)

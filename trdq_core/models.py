@@ -1,0 +1,68 @@
+"""Which models can be picked, and loading one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from trdq_core.errors import ModelError
+
+if TYPE_CHECKING:
+    from trdq_core.plan import LayerInfo
+    from trdq_core.sampling import SampledModel
+
+ASSETS = Path(__file__).resolve().parent.parent / "assets"
+
+
+class ModelInfo(NamedTuple):
+    """A model that can be picked. `reason` says why an unavailable one is so."""
+
+    name: str
+    path: Path | None
+    kind: str  # "image", or "speed" for random weights that only show latency
+    description: str
+    available: bool
+    reason: str
+
+
+def models() -> list[ModelInfo]:
+    """The models that can be picked."""
+    pocket = ASSETS / "pocket-image"
+    there = (pocket / "model_index.json").is_file()
+    return [
+        ModelInfo(
+            "pocket-image", pocket, "image", "PixArt-Sigma of 10 M parameters, trained on 3D emoji, 128 pixels.",
+            there, "" if there else "its folder assets/pocket-image is missing; clone the repository again",
+        ),
+        ModelInfo(
+            "random-dit", None, "speed", "DiT of 12 layers, 6 heads of 64, 256 tokens, random weights: for speed only.",
+            True, "",
+        ),
+    ]  # fmt: skip
+
+
+def find_folder(name: str) -> Path | None:
+    """The folder of the model `name`, None for the one with random weights; ModelError if there is no such model."""
+    known = {info.name: info for info in models()}
+    info = known.get(name)
+    if info is None and not Path(name).exists():
+        raise ModelError(f"model: got {name!r}; known models are {', '.join(known)}, or give a diffusers folder.")
+    if info is not None and not info.available:
+        raise ModelError(f"model {name}: not available, {info.reason}.")
+    return info.path if info is not None else Path(name)
+
+
+def load_model(name: str) -> SampledModel:
+    """The model called `name`, or in the diffusers folder `name` (command line only); ModelError says what is wrong."""
+    folder = find_folder(name)
+    from trdq_core.adapters import load_adapter  # diffusers takes seconds to import; listing models must not wait
+
+    return load_adapter(name, folder)
+
+
+def layers_of_model(name: str) -> tuple[LayerInfo, ...]:
+    """The linears of a model, from its configuration alone."""
+    folder = find_folder(name)
+    from trdq_core.adapters import layers_of
+
+    return layers_of(name, folder)

@@ -1,0 +1,22 @@
+"""Moving modules whose buffers must keep their dtype: scales stay fp32 when the model is cast to half precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+def keep_dtypes(module: _Module, fn: Callable[[Tensor], Tensor]) -> _Module:
+    """Apply the device part of `fn` (what `module.to(...)` or `.half()` passes down) to the buffers, not its dtype part."""
+    for child in module.children():
+        child._apply(fn)
+    for name, buffer in module._buffers.items():
+        if buffer is not None:
+            probe = fn(torch.empty(0, device=buffer.device))
+            module._buffers[name] = buffer.to(probe.device)
+    return module

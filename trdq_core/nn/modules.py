@@ -1,0 +1,31 @@
+"""Walking and changing module trees."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def share_copy(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares every parameter and buffer with the original: costs no weight memory."""
+    memo: dict[int, object] = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return copy.deepcopy(module, memo)
+
+
+def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
+    """Put `new` where the submodule `name` ("blocks.0.attn.to_q") was."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(root.get_submodule(parent) if parent else root, leaf, new)
+
+
+def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
+    """Bytes held by tensors, each storage counted once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t is not None}
+    return sum(storages.values())
+
+
+def module_bytes(*modules: nn.Module) -> int:
+    """Bytes of all parameters and buffers of some modules, shared storage counted once."""
+    return tensor_bytes(t for module in modules for t in (*module.parameters(), *module.buffers()))

@@ -1,0 +1,117 @@
+"""Hooks that watch the inputs of linears while a model samples, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from trdq_core.errors import CalibrationError
+from trdq_core.statistics import FP16_MAX, LayerStatistics
+from trdq_core.timegroups import TimeContext
+from trdq_core.transforms.base import InputTransform
+
+
+class Observer(Protocol):
+    """What sees every input of one linear."""
+
+    def observe(self, x: Tensor) -> None:
+        """Take in one input."""
+
+
+class InputObserver:
+    """Collects, for every prompt and timestep, the channel absmax of each item and a fixed number of token rows."""
+
+    def __init__(self, name: str, time: TimeContext, rows_per_call: int, seed: int) -> None:
+        self.name = name
+        self._time = time
+        self._rows_per_call = rows_per_call
+        self._seed = seed
+        self._generator = torch.Generator()
+        self._calls: dict[float, tuple[list[Tensor], list[Tensor]]] = {}
+        self._finished: LayerStatistics | None = None
+
+    def begin(self, prompt: int) -> None:
+        """Start the prompt of that number. Its rows are drawn from a seed of its own, so that a resumed run draws the same."""
+        self._calls = {}
+        self._generator.manual_seed(1_000_003 * self._seed + prompt)
+
+    def observe(self, x: Tensor) -> None:
+        """Take in x (batch, tokens, channels) or (tokens, channels) at the present timestep."""
+        if x.dim() == 2:
+            x = x[None]
+        x = x.detach().flatten(1, -2).float()
+        absmax = x.abs().amax(1)
+        if not torch.isfinite(absmax).all():
+            raise CalibrationError(
+                f"{self.name}: its input is not finite at timestep {self._time.timestep:g}; "
+                "the weights hold NaN or infinity, load an undamaged model."
+            )
+        tokens = x.flatten(0, 1)
+        chosen = torch.randint(len(tokens), (self._rows_per_call,), generator=self._generator).to(x.device)
+        seen_absmax, seen_rows = self._calls.setdefault(self._time.timestep, ([], []))
+        seen_absmax.append(absmax.clamp_max(FP16_MAX).half().cpu())
+        seen_rows.append(tokens[chosen].clamp(-FP16_MAX, FP16_MAX).half().cpu())
+
+    @property
+    def timesteps(self) -> list[float]:
+        """Timesteps of the present prompt, in the order they were sampled."""
+        return list(self._calls)
+
+    def finish(self) -> None:
+        """The present prompt is done: add it to what is kept."""
+        item_absmax = torch.stack([torch.cat(absmax) for absmax, _ in self._calls.values()])
+        rows = torch.stack([torch.cat(parts) for _, parts in self._calls.values()])
+        self.keep(LayerStatistics(item_absmax, rows))
+
+    def keep(self, statistics: LayerStatistics) -> None:
+        """Add statistics of finished prompts, those of an interrupted calibration for instance."""
+        kept = self._finished
+        self._finished = statistics if kept is None else kept.joined(statistics)
+
+    def result(self) -> LayerStatistics:
+        """The statistics of all finished prompts."""
+        assert self._finished is not None  # asked for only after a prompt was finished
+        return self._finished
+
+
+class RangeObserver:
+    """Second pass: the least and largest value of the transformed input in each set's time group."""
+
+    def __init__(self, name: str, time: TimeContext, transforms: Sequence[InputTransform]) -> None:
+        self.name = name
+        self._time = time
+        self._transforms = transforms
+        self.ranges = [(0.0, 0.0)] * len(transforms)  # zero always belongs to the range
+
+    def observe(self, x: Tensor) -> None:
+        """Take in x (..., channels) at the present timestep."""
+        index = self._time.group if len(self._transforms) > 1 else 0
+        transformed = self._transforms[index].apply(x.detach().float())
+        low, high = self.ranges[index]
+        self.ranges[index] = (min(low, float(transformed.min())), max(high, float(transformed.max())))
+
+
+@contextmanager
+def observing(
+    denoiser: nn.Module, observers: Mapping[str, Observer], time: TimeContext, *, argument: str = "timestep"
+) -> Iterator[None]:
+    """Let each observer watch the input of the linear it is listed under; all hooks are gone afterwards."""
+    handles = [time.attach(denoiser, argument)]
+    for name, observer in observers.items():
+        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(_watch(observer)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch(observer: Observer) -> Any:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:  # returning anything would replace the input
+        observer.observe(args[0])
+
+    return hook

@@ -1,0 +1,109 @@
+"""Time and memory, measured the careful way: warm-up, interleaved variants, median with spread, peaks reset before."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import inspect
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+WARM_UP = 3
+
+
+def summary(milliseconds: Sequence[float]) -> dict[str, float | int]:
+    """Median, 10th and 90th percentile and count of timings in ms."""
+    ordered = sorted(milliseconds)
+    last = len(ordered) - 1
+    return {
+        "median": round(statistics.median(ordered), 3),
+        "p10": round(ordered[round(0.1 * last)], 3),
+        "p90": round(ordered[round(0.9 * last)], 3),
+        "n": len(ordered),
+    }
+
+
+@torch.no_grad()
+def time_interleaved(
+    variants: Mapping[str, Callable[[], Any]], rounds: int, after_round: Callable[[], None] | None = None
+) -> dict[str, list[float]]:
+    """Milliseconds of every call of every variant, run A B C A B C, so that drift of the machine hits all alike."""
+    for _ in range(WARM_UP):
+        for call in variants.values():
+            call()
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for _ in range(rounds):
+        for name, call in variants.items():
+            _synchronize()
+            started = time.perf_counter()
+            call()
+            _synchronize()
+            times[name].append(1000 * (time.perf_counter() - started))
+        if after_round is not None:
+            after_round()
+    return times
+
+
+def record_inputs(denoiser: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:
+    """The keyword arguments of every forward call of `denoiser` while `run` samples, positional ones by their names."""
+    names = list(inspect.signature(denoiser.forward).parameters)
+    calls: list[dict[str, Any]] = []
+
+    def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+    handle = denoiser.register_forward_pre_hook(keep, with_kwargs=True)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return calls
+
+
+def reset_peak_memory() -> None:
+    """Start a new measurement of the process's peak resident memory (Linux), and of CUDA's.
+
+    Memory that is free but still held by the allocator goes back to the system first, or the next peak would count it.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_rss_bytes() -> int:
+    """Peak resident memory of this process since the last reset; since its start where the system cannot reset it."""
+    with suppress(OSError, StopIteration, ValueError):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    return psutil.Process().memory_info().rss
+
+
+def machine() -> dict[str, Any]:
+    """What ran: CPU, threads, memory, GPU."""
+    cpu = "unknown"
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line for line in lines if line.startswith("model name")).split(":", 1)[1].strip()
+    return {
+        "cpu": cpu,
+        "threads": torch.get_num_threads(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()

@@ -1,0 +1,88 @@
+"""Runs: what the command line and the studio start. A run reads a specification and writes a folder that holds the truth."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trdq_core.errors import Cancelled, TRDQError
+from trdq_core.events import Event, OnEvent, ignore
+from trdq_core.folders import (
+    CalibrationInfo,
+    RunFolder,
+    RunInfo,
+    data_folder,
+    list_calibrations,
+    list_runs,
+    new_run_folder,
+    read_calibration,
+)
+from trdq_core.models import ModelInfo, find_folder, layers_of_model, models
+from trdq_core.specs import Recipe, RunSpec
+
+if TYPE_CHECKING:
+    from trdq_core.plan import Plan
+
+__all__ = [
+    "CalibrationInfo", "Event", "ModelInfo", "OnEvent", "RunInfo", "data_folder", "find_calibration",
+    "list_calibrations", "list_runs", "models", "new_run_folder", "plan", "run",
+]  # fmt: skip
+
+
+def plan(model: str, recipe: Recipe, *, backend: str | None = None, steps: int = 20) -> Plan:
+    """The plan table of a recipe on a model, before anything runs."""
+    find_folder(model)  # an unknown name is refused before seconds go into importing torch
+    import torch
+
+    from trdq_core.kernels import dispatch
+    from trdq_core.plan import make_plan
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return make_plan(layers_of_model(model), recipe, steps=steps, backend=dispatch.select_backend(device, backend))
+
+
+def find_calibration(spec: RunSpec) -> CalibrationInfo | None:
+    """The stored statistics that `spec` would reuse: same model, prompts, steps, guidance and seed. None if there are none.
+
+    The run itself compares fingerprints, weights included; this look-up only reads descriptions.
+    """
+    for info in list_calibrations(Path(spec.model).name):  # a folder's calibrations go by its last part
+        about = json.loads((info.folder / "statistics.json").read_text())
+        same = (info.steps, info.guidance, info.seed) == (spec.steps, spec.guidance, spec.seed)
+        if same and tuple(about["prompts"]) == spec.calibration_prompts:
+            return read_calibration(info.folder)
+    return None
+
+
+def run(
+    spec: RunSpec,
+    folder: Path,
+    *,
+    on_event: OnEvent | None = None,
+    cancelled: Callable[[], bool] | None = None,
+) -> dict[str, Any]:
+    """Do what `spec` says and return the report, which is also `folder`/report.json.
+
+    Raises TRDQError with one plain sentence; Cancelled after what was finished is written.
+    """
+    from trdq_core.execution import execute
+
+    target = RunFolder(folder, spec, on_event or ignore)
+    try:
+        report = execute(spec, target, cancelled or (lambda: False))
+    except Cancelled as error:
+        target.emit({"kind": "cancelled", "text": str(error)})
+        raise
+    except TRDQError as error:
+        target.emit({"kind": "failed", "text": str(error)})
+        raise
+    except MemoryError as error:
+        text = (
+            f"{spec.command}: the machine ran out of memory; use fewer prompts, fewer time groups or a smaller model."
+        )
+        target.emit({"kind": "failed", "text": text})
+        raise TRDQError(text) from error
+    target.emit({"kind": "done", "text": f"{spec.command} finished"})
+    return report

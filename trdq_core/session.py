@@ -1,0 +1,116 @@
+"""One run at work: its model, folder and way to be cancelled; its statistics and its changed denoisers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from trdq_core.calibration import calibrate, calibration_fingerprint, observe_ranges, store
+from trdq_core.convert import Conversion, Ranges, convert, convert_sharing_only
+from trdq_core.errors import CalibrationError, StorageError
+from trdq_core.events import Progress
+from trdq_core.folders import RunFolder, data_folder, list_calibrations
+from trdq_core.kernels import dispatch
+from trdq_core.sampling import Conditioning, SampledModel, Trajectory
+from trdq_core.specs import Recipe, RunSpec
+from trdq_core.statistics import Statistics
+from trdq_core.timegroups import TimeGroups
+from trdq_core.transforms.base import InputTransform
+
+
+@dataclass
+class Session:
+    """One run: its model, folder and way to be cancelled; and the references the quantized runs are compared with."""
+
+    spec: RunSpec
+    folder: RunFolder
+    cancelled: Callable[[], bool]
+    model: SampledModel
+    backend: dispatch.Backend
+    conditionings: list[Conditioning] = field(default_factory=list)
+    references: list[Trajectory] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)
+
+    def stage(self, stage: str, label: str, recipe: str | None = None) -> None:
+        """Tell that a stage begins."""
+        self.folder.emit({"kind": "stage", "stage": stage, "label": label, "recipe": recipe})
+
+    def progress(self, stage: str, total: int, recipe: str | None = None) -> Progress:
+        """A counter that reports to the run folder and can be cancelled."""
+        return Progress(stage, total, on_event=self.folder.emit, cancelled=self.cancelled, recipe=recipe)
+
+
+def statistics_for(session: Session, report: dict[str, Any]) -> Statistics:
+    """The statistics `spec` asks for: the stored ones if their fingerprint is the same, else a new calibration."""
+    spec, model = session.spec, session.model
+    prompts = spec.calibration_prompts
+    settings = {"steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed}
+    fingerprint = calibration_fingerprint(model, prompts, **settings)
+    stored = data_folder() / "calibrations" / fingerprint
+    statistics = None
+    if any(info.fingerprint == fingerprint for info in list_calibrations()):
+        try:
+            statistics = Statistics.load(stored)
+        except CalibrationError as error:
+            session.folder.emit({"kind": "warning", "text": f"{error} It is made again now."})
+    reused = statistics is not None
+    if statistics is None:
+        session.stage("calibrate", f"Calibrating on {len(prompts)} prompts")
+        statistics = calibrate(
+            model,
+            prompts,
+            **settings,
+            on_event=session.folder.emit,
+            cancelled=session.cancelled,
+            partial=data_folder() / "calibrations" / f"{fingerprint}.partial",
+        )
+        try:
+            store(statistics, data_folder() / "calibrations")
+        except StorageError as error:
+            if spec.command == "calibrate":  # the statistics are all that this command is for
+                raise
+            session.folder.emit({"kind": "warning", "text": f"{error} This run goes on without storing them."})
+    report["calibration"] = {
+        "fingerprint": fingerprint,
+        "prompts": len(prompts),
+        "steps": spec.steps,
+        "seconds": statistics.about["seconds"],
+        "timesteps": list(statistics.timesteps),
+        "reused": reused,
+    }
+    return statistics
+
+
+def changes(recipe: Recipe) -> bool:
+    """Whether a recipe changes anything in the denoiser; the reference does not."""
+    return recipe.quantized or recipe.sharing is not None
+
+
+def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None) -> Conversion:
+    """The denoiser changed by `recipe`; one that only shares attention takes no statistics."""
+    if not recipe.quantized:
+        model = session.model
+        return convert_sharing_only(model.denoiser, model.linears(), recipe, argument=model.timestep_argument)
+    assert statistics is not None  # the caller made them, since the recipe quantizes
+    session.stage("fit", f"Fitting {recipe.name}", recipe.name)
+    reports = {"on_event": session.folder.emit, "cancelled": session.cancelled}
+
+    def second_pass(transforms: Mapping[str, Sequence[InputTransform]], groups: TimeGroups) -> Ranges:
+        session.stage("observe", f"Second pass: activation ranges of {recipe.name}", recipe.name)
+        return observe_ranges(session.model, statistics, transforms, groups, **reports)
+
+    return convert(
+        session.model.denoiser,
+        session.model.linears(),
+        recipe,
+        statistics,
+        backend=session.backend,
+        storage_folder=data_folder() / "sets",
+        argument=session.model.timestep_argument,
+        seed=session.spec.seed,
+        second_pass=second_pass,
+        **reports,
+    )
