@@ -1,0 +1,1 @@
+"""How the pocket models were made: one command a stage, each resumable. See README.md beside this file."""
