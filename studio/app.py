@@ -1,0 +1,111 @@
+"""The studio's page: header, sidebar, and the pages as tabs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from studio import theme
+from studio.components import controls as sidebar
+from studio.components import html, result
+from studio.context import Studio
+from studio.jobs import explain
+from studio.pages import activations, compare, runs
+from studio.services import machine, models
+from studio.services.core import Core, InstalledCore
+
+TITLE = "TR-DQ Studio"
+CACHE_CHECK, CACHE_AGE = 600, 3600  # seconds: how often served files are swept, and how old they may get
+HEADER_EVERY = 3  # seconds
+# Keeps the value readable after a restart. It hides nothing: the page holds it, and the value is only a run's id.
+SAVED_KEY, SAVED_SECRET = "trdq-studio", "trdq-studio-last-run"
+
+
+def build(core: Core | None = None) -> gr.Blocks:
+    """The page over a core; the installed one by default. Nothing heavy is loaded here."""
+    studio = Studio.over(core or InstalledCore())
+    with gr.Blocks(
+        title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(CACHE_CHECK, CACHE_AGE)
+    ) as demo:
+        _publish(studio)
+        saved = gr.BrowserState(None, storage_key=SAVED_KEY, secret=SAVED_SECRET)
+        header = gr.HTML(header_now(studio), elem_id="header")
+        controls = sidebar.build(models.choices(studio.core))
+        strip, problem = compare.build_strip()
+        with gr.Tabs(selected="compare", elem_id="pages") as tabs:
+            with gr.Tab("Compare", id="compare"):
+                compare_page = compare.build(strip, problem, saved)
+            with gr.Tab("Activations", id="activations") as activations_tab:
+                activations_page = activations.build()
+            with gr.Tab("Runs", id="runs") as runs_tab:
+                runs_page = runs.build()
+        compare.wire(studio, controls, compare_page, header, lambda: header_now(studio))
+        activations.wire(studio, controls, activations_page, activations_tab)
+        runs.wire(studio, controls, runs_page, compare_page.result, tabs, runs_tab)
+        _wire_page(studio, demo, header, controls, compare_page)
+    demo.queue(max_size=64, default_concurrency_limit=8)
+    return demo
+
+
+def launch_options() -> dict[str, Any]:
+    """The options of `launch` that belong to the page and not to where it is served."""
+    return {
+        "theme": theme.theme(),
+        "css_paths": [str(theme.CSS_FILE)],
+        "js": theme.ON_LOAD,
+        "footer_links": ["settings"],
+        "run_history": False,
+        "ssr_mode": False,
+        "max_file_size": "1mb",
+        "blocked_paths": [str(Path(__file__).resolve().parents[1])],
+    }
+
+
+def header_now(studio: Studio) -> str:
+    """The header strip as of now."""
+    return html.header(
+        machine.facts(studio.core.gpu_name()),
+        studio.core.backend_label(),
+        studio.worker.length(),
+        studio.worker.running_label(),
+    )
+
+
+def _wire_page(
+    studio: Studio, demo: gr.Blocks, header: gr.HTML, controls: sidebar.Controls, page: compare.ComparePage
+) -> None:
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    gr.Timer(HEADER_EVERY).tick(lambda: header_now(studio), outputs=header, queue=False, **quiet)
+
+    def restore(run_id: str | None) -> dict[Any, Any]:
+        run = studio.runs.open(run_id) if isinstance(run_id, str) else None
+        return result.stored(page.result, run) if run and run.recipes else {page.result.run_id: None}
+
+    demo.load(restore, page.saved, page.result.widgets(), **quiet)
+    controls.model.change(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
+    demo.load(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
+    compare.plan_at_load(studio, demo, controls, page)
+
+
+def _publish(studio: Studio) -> None:
+    """The named endpoints for scripts; everything else on the page is private."""
+
+    def list_models() -> list[dict[str, Any]]:
+        """The models that this studio can quantize."""
+        return models.facts(studio.core)
+
+    def list_runs() -> list[dict[str, str]]:
+        """The stored runs, newest first."""
+        return [row._asdict() for row in studio.runs.rows()]
+
+    def plan(model: str, recipe: str, groups: int = 1) -> dict[str, Any]:
+        """What converting a model with a recipe such as "tr-dq-w4a8" would give."""
+        try:
+            return models.plan(studio.core, model, recipe, groups)
+        except Exception as error:
+            raise gr.Error(explain(error), print_exception=False) from error
+
+    for function in (list_models, list_runs, plan):
+        gr.api(function, api_name=function.__name__)

@@ -1,0 +1,1 @@
+"""Pieces of pages: HTML readouts and the sidebar's controls."""

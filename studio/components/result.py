@@ -1,0 +1,280 @@
+"""A comparison on the page: three columns, the wipe, the difference map, the SQNR of each step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import gradio as gr
+
+from studio import plots
+from studio.components import html
+from studio.jobs import TRDQError, explain
+from studio.services import pictures
+from studio.services.form import METHOD_TITLES
+from studio.services.stored import StoredRun, archive, command_line
+from studio.state import LiveRun
+
+ROLES = ("reference", "baseline", "chosen")
+CLOSER_HEIGHT = 420
+FIRST_GAIN = 4
+SQNR_EMPTY = "The latent's distance from full precision, step by step, appears here after a comparison."
+NO_PICTURE = "No picture of this pair yet."
+Updates = dict[Any, Any]
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column's widgets."""
+
+    box: gr.Column
+    head: gr.HTML
+    image: gr.Image
+    cards: gr.HTML
+
+
+@dataclass(frozen=True)
+class ResultView:
+    """The widgets of a comparison. `run_id` is kept on the server: the page cannot change it."""
+
+    run_id: gr.State
+    same: gr.HTML
+    columns: tuple[Column, ...]
+    floor: gr.HTML
+    details: gr.Column
+    pictures: gr.Column
+    prompt: gr.Dropdown
+    left: gr.Dropdown
+    right: gr.Dropdown
+    wipe: gr.ImageSlider
+    gain: gr.Radio
+    difference: gr.Image
+    scale: gr.HTML
+    sqnr: gr.Plot
+    command: gr.Code
+    download: gr.DownloadButton
+
+    def widgets(self) -> list[Any]:
+        """Everything that a stored run fills."""
+        parts = [part for column in self.columns for part in (column.box, column.head, column.image, column.cards)]
+        return [
+            self.run_id, self.same, *parts, self.floor, self.details, self.pictures, self.gain, self.prompt,
+            self.left, self.right,
+            self.wipe, self.difference,
+            self.scale, self.sqnr, self.command, self.download,
+        ]  # fmt: skip
+
+
+def build() -> ResultView:
+    """The widgets, empty; what looks closer is hidden until there is something to look at."""
+    run_id = gr.State(None)
+    same = gr.HTML()
+    with gr.Row(elem_classes="tr-columns", equal_height=False):
+        columns = tuple(_column(index) for index in range(len(ROLES)))
+    floor = gr.HTML(elem_id="noise-floor")
+    with gr.Column(visible=False, elem_id="details") as details:
+        with gr.Column() as compared:
+            closer = _closer()
+            sqnr = gr.Plot(plots.empty(SQNR_EMPTY), show_label=False, elem_id="sqnr")
+        gr.HTML('<h3 class="tr-section">Keep and repeat</h3>')
+        command = gr.Code(
+            "", language="shell", label="The command that repeats this run", lines=1, interactive=False,
+            elem_id="command", show_line_numbers=False, wrap_lines=True, buttons=["copy"],
+        )  # fmt: skip
+        download = gr.DownloadButton("Download everything", interactive=False, elem_id="download", size="md", scale=0)
+    return ResultView(
+        run_id=run_id, same=same, columns=columns, floor=floor, details=details, pictures=compared, sqnr=sqnr, command=command,
+        download=download, **closer,
+    )  # fmt: skip
+
+
+def _closer() -> dict[str, Any]:
+    gr.HTML('<h3 class="tr-section">Look closer</h3>')
+    with gr.Row(elem_classes="tr-choose"):
+        left = gr.Dropdown([], label="Left", elem_id="wipe-left", interactive=True, min_width=140)
+        right = gr.Dropdown([], label="Right", elem_id="wipe-right", interactive=True, min_width=140)
+        prompt = gr.Dropdown([], label="Prompt of the run", elem_id="wipe-prompt", interactive=True, min_width=140)
+        gain = gr.Radio(
+            [(f"x{gain}", gain) for gain in pictures.GAINS], value=FIRST_GAIN, label="Gain of the difference",
+            elem_id="gain", interactive=True, min_width=140, elem_classes="tr-segments",
+        )  # fmt: skip
+    with gr.Row(elem_classes="tr-closer", equal_height=False):
+        with gr.Column(min_width=280):
+            wipe = gr.ImageSlider(
+                label="Wipe: drag the handle", format="png", elem_id="wipe", interactive=False,
+                buttons=["fullscreen"], height=CLOSER_HEIGHT, max_height=CLOSER_HEIGHT,
+            )  # fmt: skip
+        with gr.Column(min_width=280):
+            difference = gr.Image(
+                label="Difference: right minus left", format="png", elem_id="difference", interactive=False,
+                buttons=["download", "fullscreen"], height=CLOSER_HEIGHT,
+            )  # fmt: skip
+            scale = gr.HTML(html.difference_legend(FIRST_GAIN))
+    return {
+        "left": left, "right": right, "prompt": prompt, "gain": gain, "wipe": wipe, "difference": difference,
+        "scale": scale,
+    }  # fmt: skip
+
+
+def wire(view: ResultView, closer: Any) -> None:
+    """Draw the closer look again when its pair, prompt or gain changes; `closer` maps their values to the three outputs."""
+    inputs = [view.run_id, view.left, view.right, view.prompt, view.gain]
+    for widget in (view.left, view.right, view.prompt, view.gain):
+        widget.input(
+            closer, inputs, [view.wipe, view.difference, view.scale], show_progress="hidden",
+            trigger_mode="always_last", api_visibility="private", concurrency_limit=4,
+        )  # fmt: skip
+
+
+def cleared(view: ResultView, names: list[str], same: str) -> Updates:
+    """The updates that empty the view before a new run with these recipes."""
+    updates: Updates = {
+        view.run_id: None,
+        view.same: f'<p class="tr-same">{same}</p>',
+        view.floor: "",
+        view.details: gr.Column(visible=False),
+    }
+    for index, column in enumerate(view.columns):
+        name = names[index] if index < len(names) else ""
+        updates |= {
+            column.box: gr.Column(visible=bool(name)),
+            column.head: html.column_head(ROLES[index], title_of(name, {}), "waiting"),
+            column.image: gr.Image(value=None, visible=True),
+            column.cards: html.cards({}),
+        }
+    return updates
+
+
+def live(view: ResultView, run: LiveRun, names: list[str], changed: set[str]) -> Updates:
+    """The updates for the columns that changed while a run goes on."""
+    updates: Updates = {}
+    for index, name in enumerate(names[: len(view.columns)]):
+        if name not in changed:
+            continue
+        column, facts = view.columns[index], run.results.get(name, {})
+        picture = pictures.load(run.pictures[name]) if name in run.pictures else None
+        if picture is not None:
+            updates[column.image] = picture
+        updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), run.steps.get(name) or "sampled")
+        if facts:
+            updates[column.cards] = html.cards(facts, reference=index == 0)
+    return updates
+
+
+def stored(view: ResultView, run: StoredRun) -> Updates:
+    """The updates that show a stored run in full."""
+    names = list(run.recipes)
+    shown = column_names(names)
+    updates: Updates = {view.run_id: run.id, view.same: _same(run), view.floor: html.noise_floor(run.noise_floor)}
+    for index, column in enumerate(view.columns):
+        name = shown[index] if index < len(shown) else None
+        updates[column.box] = gr.Column(visible=name is not None)
+        if name is not None:
+            facts = run.recipes[name]
+            updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), under(name, facts, run))
+            updates[column.image] = gr.Image(value=run.picture(name, 0), visible=run.has_pictures)
+            updates[column.cards] = html.cards(facts, reference=facts.get("kind") == "reference")
+    choices = [(title_of(name, run.recipes[name]), name) for name in names]
+    left, right = (names[0], names[-1]) if names else (None, None)
+    updates |= {
+        view.details: gr.Column(visible=True),
+        view.pictures: gr.Column(visible=run.has_pictures),
+        view.gain: FIRST_GAIN,
+        view.left: gr.Dropdown(choices=choices, value=left),
+        view.right: gr.Dropdown(choices=choices, value=right),
+        view.prompt: gr.Dropdown(choices=[(f"{i + 1}. {p}", i) for i, p in enumerate(run.prompts)], value=0),
+        view.sqnr: sqnr_figure(run),
+        view.command: command_line(run),
+        view.download: download_of(run),
+    }
+    updates |= dict(
+        zip((view.wipe, view.difference, view.scale), closer_look(run, left, right, 0, FIRST_GAIN), strict=True)
+    )
+    return updates
+
+
+def download_of(run: StoredRun) -> gr.DownloadButton:
+    """The button with the run's archive; it says so where there is no room for one."""
+    try:
+        return gr.DownloadButton("Download everything", value=str(archive(run)), interactive=True)
+    except TRDQError as error:
+        return gr.DownloadButton(explain(error), value=None, interactive=False)
+
+
+def closer_look(
+    run: StoredRun | None, left: str | None, right: str | None, prompt: int | None, gain: int
+) -> tuple[Any, ...]:
+    """The wipe's pair, the difference map and its scale bar."""
+    gain = gain if gain in pictures.GAINS else FIRST_GAIN
+    scale = html.difference_legend(gain)
+    if run is None or left is None or right is None:
+        return None, None, scale
+    pair = run.picture(left, int(prompt or 0)), run.picture(right, int(prompt or 0))
+    if pair[0] is None or pair[1] is None:
+        return None, None, html.notice(NO_PICTURE, "info")
+    both = tuple(pictures.enlarge(picture) for picture in pair)
+    return both, pictures.difference(pair[0], pair[1], gain), scale
+
+
+def sqnr_figure(run: StoredRun) -> Any:
+    """The latent SQNR of every quantized recipe of a run."""
+    series = {
+        title_of(name, facts): facts["latent_sqnr_db"]
+        for name, facts in run.recipes.items()
+        if facts.get("latent_sqnr_db")
+    }
+    if not series:
+        return plots.empty("This run has no latent SQNR: it compared nothing with full precision.")
+    shown = column_names(list(run.recipes))
+    colours = {
+        title_of(name, run.recipes[name]): colour for name, colour in zip(shown, plots.COLUMN_COLOURS, strict=False)
+    }
+    return plots.latent_sqnr(series, colours)
+
+
+def column_names(names: list[str]) -> list[str]:
+    """The recipes that get a column: the first, the second and the last."""
+    return names if len(names) <= len(ROLES) else [names[0], names[1], names[-1]]
+
+
+def title_of(name: str, facts: dict[str, Any]) -> str:
+    """ "TR-DQ W4A8" for "tr-dq-w4a8"; the report's label for the reference."""
+    if name == "fp":
+        return str(facts.get("label") or "Full precision")
+    method, _, bits = name.rpartition("-")
+    return f"{METHOD_TITLES.get(method, method)} {bits.upper()}" if method else name
+
+
+def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:
+    """The line under a column's title."""
+    if facts.get("kind") == "reference":
+        reference = run.report.get("reference") or {}
+        device = str(reference.get("device") or "cpu").upper()
+        return f"reference, {reference.get('label', 'full precision')} on the {device}"
+    recipe = next((recipe for recipe in run.spec.recipes if recipe.name == name), None) if run.spec else None
+    if recipe is None or (recipe.time.count == 1 and recipe.time.kind == "uniform"):
+        return "one transform for all timesteps"
+    groups = "a group per step" if recipe.time.kind == "per_step" else f"{recipe.time.count} timestep groups"
+    return f"{groups}, {recipe.storage}"
+
+
+def _same(run: StoredRun) -> str:
+    if not run.has_pictures:
+        return '<p class="tr-same">A timing only: this run made no pictures, so it says nothing about quality.</p>'
+    seed = run.spec.seed if run.spec else 0
+    return (
+        f'<p class="tr-same">Same prompt embeddings, same initial latents (seed {seed}), same sampler and decoder in every '
+        "column; only the arithmetic of the linears differs.</p>"
+    )
+
+
+def _column(index: int) -> Column:
+    names = ("Full precision", "Baseline", "TR-DQ")
+    with gr.Column(min_width=250, elem_classes=["tr-column", ROLES[index]]) as box:
+        head = gr.HTML(html.column_head(ROLES[index], names[index], "nothing sampled yet"))
+        image = gr.Image(
+            show_label=False, format="png", interactive=False, elem_id=f"picture-{ROLES[index]}",
+            buttons=["download", "fullscreen"], container=False, height=320,
+        )  # fmt: skip
+        cards = gr.HTML(html.cards({}))
+    return Column(box, head, image, cards)

@@ -1,0 +1,27 @@
+"""What the pages share: the core, the one worker, and the services over them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from studio.jobs import Worker
+from studio.services.core import Core
+from studio.services.plans import Plans
+from studio.services.statistics import Statistics
+from studio.services.stored import StoredRuns
+
+
+@dataclass(frozen=True)
+class Studio:
+    """One studio; every visitor of it shares the worker."""
+
+    core: Core
+    worker: Worker
+    plans: Plans
+    runs: StoredRuns
+    statistics: Statistics
+
+    @classmethod
+    def over(cls, core: Core) -> Studio:
+        """A studio over a core."""
+        return cls(core, Worker(), Plans(core), StoredRuns(core), Statistics(core))

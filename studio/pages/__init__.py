@@ -1,0 +1,1 @@
+"""The pages. Each has a `build` that makes its widgets and a `wire` that connects them."""

@@ -1,0 +1,147 @@
+"""Figures for the pages: transparent, readable on light and on dark."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+TEXT = "#828c97"
+GRID = "rgba(128,128,128,.22)"
+REFERENCE, BASELINE, CHOSEN = "#7d8793", "#d97706", "#0d9488"
+COLUMN_COLOURS = (REFERENCE, BASELINE, CHOSEN)
+BEFORE, AFTER = "#d97706", "#0d9488"
+FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
+MOST_CHANNELS = 768  # rows of a heatmap; more are merged by their largest value
+
+
+def _layout(title: str, x: str, y: str, height: int) -> dict[str, Any]:
+    axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True}
+    return {
+        "title": {"text": title, "font": {"size": 14}, "x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top"},
+        "font": {"color": TEXT, "family": FONT, "size": 12},
+        "paper_bgcolor": "rgba(0,0,0,0)",
+        "plot_bgcolor": "rgba(0,0,0,0)",
+        "height": height,
+        "margin": {"l": 56, "r": 16, "t": 64, "b": 44},
+        "legend": {"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom", "bgcolor": "rgba(0,0,0,0)"},
+        "xaxis": {"title": {"text": x}, **axis},
+        "yaxis": {"title": {"text": y}, **axis},
+        "hovermode": "x unified",
+        "modebar": {"bgcolor": "rgba(0,0,0,0)", "color": TEXT, "activecolor": CHOSEN},
+    }
+
+
+def empty(text: str, height: int = 320) -> go.Figure:
+    """A figure with one sentence: shown at load, so that the page has plotly ready before the first result."""
+    figure = go.Figure()
+    figure.update_layout(**_layout("", "", "", height))
+    figure.update_xaxes(visible=False)
+    figure.update_yaxes(visible=False)
+    wrapped = "<br>".join(_wrap(text, 44))
+    figure.add_annotation(text=wrapped, showarrow=False, x=0.5, y=0.5, xref="paper", yref="paper", font={"size": 13})
+    return figure
+
+
+def latent_sqnr(series: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> go.Figure:
+    """Signal to quantization noise of the latent after each sampler step, one line a recipe."""
+    figure = go.Figure()
+    for name, values in series.items():
+        figure.add_trace(
+            go.Scatter(
+                x=list(range(1, len(values) + 1)),
+                y=list(values),
+                name=name,
+                mode="lines+markers",
+                line={"color": colours.get(name, CHOSEN), "width": 2},
+                marker={"size": 6},
+                hovertemplate="%{y:.1f} dB",
+            )
+        )
+    figure.update_layout(**_layout("Latent SQNR against FP (higher is closer)", "sampler step", "dB", 340))
+    figure.update_layout(showlegend=True)
+    steps = max((len(values) for values in series.values()), default=1)
+    few = steps <= 12
+    figure.update_xaxes(tick0=1 if few else 0, dtick=1 if few else -(-steps // 50) * 5, range=[0.5, steps + 0.5])
+    return figure
+
+
+def histograms(edges: Any, before: Any, after: Any, *, log_y: bool, title: str) -> go.Figure:
+    """Counts before and after the transform on the same axes."""
+    edges = np.asarray(edges, dtype=np.float64)
+    figure = go.Figure()
+    for name, counts, colour in (("before", before, BEFORE), ("after rotation", after, AFTER)):
+        heights = np.asarray(counts, dtype=np.float64)
+        shown = np.where(heights > 0, heights, np.nan) if log_y else heights
+        figure.add_trace(
+            go.Bar(
+                x=(edges[:-1] + edges[1:]) / 2,
+                y=shown,
+                width=np.diff(edges),
+                name=name,
+                marker={"color": colour, "line": {"width": 0}},
+                opacity=0.55,
+                hovertemplate="%{y:,.0f}",
+            )
+        )
+    figure.update_layout(**_layout(title, "value, in units of its RMS", "count", 380))
+    figure.update_layout(barmode="overlay", bargap=0)
+    figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power" if log_y else "SI")
+    return figure
+
+
+def channel_timeline(timesteps: Any, absmax: Any, edges: Sequence[float], *, title: str) -> go.Figure:
+    """Largest absolute value of each channel at each timestep, colour by its logarithm, group edges as lines."""
+    times = np.asarray(timesteps, dtype=np.float64)
+    values = _merge(np.asarray(absmax, dtype=np.float64))
+    order = np.argsort(times)
+    logs = np.log10(np.maximum(values[order].T, 1e-8))
+    ticks = np.arange(np.floor(logs.min()), np.ceil(logs.max()) + 1) if logs.size else np.array([0.0])
+    figure = go.Figure(
+        go.Heatmap(
+            x=times[order],
+            y=np.arange(logs.shape[0]) * (absmax.shape[1] / max(1, logs.shape[0])),
+            z=logs.astype(np.float32),
+            customdata=np.power(10.0, logs).astype(np.float32),
+            colorscale="Cividis",
+            colorbar={
+                "title": {"text": "absmax"},
+                "tickvals": list(ticks),
+                "ticktext": [_power(t) for t in ticks],
+                "thickness": 12,
+            },
+            hovertemplate="timestep %{x:.0f}, channel %{y:.0f}: %{customdata:.3g}<extra></extra>",
+        )
+    )
+    figure.update_layout(**_layout(title, "timestep (sampling runs from right to left)", "channel", 420))
+    figure.update_layout(hovermode="closest")
+    for edge in edges:
+        figure.add_vline(x=float(edge), line={"color": "#ffffff", "width": 3})
+        figure.add_vline(x=float(edge), line={"color": "#d4380d", "width": 1.5, "dash": "dash"})
+    return figure
+
+
+def _merge(absmax: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """(timesteps, channels) with at most MOST_CHANNELS columns; neighbours are merged by their largest value."""
+    channels = absmax.shape[1]
+    if channels <= MOST_CHANNELS:
+        return absmax
+    starts = np.linspace(0, channels, MOST_CHANNELS, endpoint=False).astype(int)
+    return np.maximum.reduceat(absmax, starts, axis=1)
+
+
+def _power(exponent: float) -> str:
+    return f"{10**exponent:g}"
+
+
+def _wrap(text: str, width: int) -> list[str]:
+    lines, line = [], ""
+    for word in text.split():
+        if line and len(line) + 1 + len(word) > width:
+            lines.append(line)
+            line = word
+        else:
+            line = f"{line} {word}".strip()
+    return [*lines, line]

@@ -1,0 +1,210 @@
+"""What the controls say, checked and turned into the run that the command line takes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import secrets
+from dataclasses import dataclass
+from typing import Any
+
+from studio.services import prompts
+from trdq_core.errors import RecipeError
+from trdq_core.presets import METHODS, make_recipe
+from trdq_core.specs import (
+    ACTIVATION_BITS,
+    STORAGE_MODES,
+    TIME_GROUP_KINDS,
+    TIME_SPAN,
+    WEIGHT_BITS,
+    Recipe,
+    RunSpec,
+    Storage,
+    check_prompt,
+)
+
+DEFAULT_MODEL = "pocket-image"
+METHOD_TITLES = {
+    "rtn": "RTN",
+    "rtn-static": "RTN static",
+    "smoothquant": "SmoothQuant",
+    "vidit-q": "ViDiT-Q",
+    "tr-dq": "TR-DQ",
+}
+METHOD_CHOICES = [(METHOD_TITLES.get(name, name), name) for name in reversed(METHODS) if name != "fp"]
+BASELINE_CHOICES = [(METHOD_TITLES.get(name, name), name) for name in METHODS if name not in ("fp", "tr-dq")]
+GROUP_KIND_CHOICES = [("Uniform", "uniform"), ("Edges", "edges"), ("Per step", "per_step")]
+STORAGE_CHOICES = [(mode.capitalize(), mode) for mode in STORAGE_MODES]
+BITS_CHOICES = sorted(WEIGHT_BITS)
+ACTIVATION_BITS_CHOICES = sorted(ACTIVATION_BITS)
+STORAGE_LINES: dict[Storage, str] = {
+    "shared": "One transform fitted on all groups. Cheapest; an approximation of the method.",
+    "resident": "Every group keeps its own weights on the device. Exact; costs memory for each group.",
+    "switched": "Every group keeps its own weights on disk, one set at a time on the device. Exact; costs a swap at each edge.",
+}
+MOST_EXTRA_PROMPTS = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Form:
+    """The controls' values as they came from the page, in the order of the controls; nothing is trusted yet."""
+
+    model: Any = DEFAULT_MODEL
+    method: Any = "tr-dq"
+    baseline: Any = "rtn"
+    weight_bits: Any = 4
+    activation_bits: Any = 8
+    group_kind: Any = "uniform"
+    groups: Any = 4
+    edges: Any = ""
+    storage: Any = "switched"
+    steps: Any = 20
+    guidance: Any = 3.5
+    seed: Any = 0
+    prompt: Any = ""
+    extra_prompts: Any = 0
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The controls in order."""
+        return [field.name for field in dataclasses.fields(cls)]
+
+    @classmethod
+    def of(cls, *values: Any) -> Form:
+        """The form of the controls' values in order."""
+        return cls(**dict(zip(cls.names(), values, strict=True)))
+
+
+def chosen_recipe(form: Form) -> Recipe:
+    """The recipe of the chosen method."""
+    return _recipe(form, str(form.method))
+
+
+def baseline_recipe(form: Form) -> Recipe:
+    """The recipe of the baseline at the same bits; RecipeError if it is the chosen method itself."""
+    if form.baseline == form.method:
+        title = METHOD_TITLES.get(str(form.method), str(form.method))
+        raise RecipeError(f"baseline: {title} is also the chosen method; choose another baseline to compare it with.")
+    return _recipe(form, str(form.baseline))
+
+
+def compare_spec(form: Form) -> RunSpec:
+    """The comparison that the form asks for: FP, the baseline, the chosen method."""
+    prompt = check_prompt(str(form.prompt or ""))
+    extra = _whole("also measure on", form.extra_prompts, 0, MOST_EXTRA_PROMPTS)
+    recipes = (make_recipe("fp"), baseline_recipe(form), chosen_recipe(form))
+    return _run_spec(form, "compare", recipes, (prompt, *prompts.evaluation(extra, prompt)))
+
+
+def profile_spec(form: Form) -> RunSpec:
+    """The timing that stands in for a comparison where a model has random weights and its pictures say nothing."""
+    recipes = (make_recipe("fp"), baseline_recipe(form), chosen_recipe(form))
+    return _run_spec(form, "profile", recipes, (check_prompt(str(form.prompt or "")),))
+
+
+def calibrate_spec(form: Form) -> RunSpec:
+    """The calibration for the chosen method."""
+    return _run_spec(form, "calibrate", (chosen_recipe(form),), ())
+
+
+def parse_edges(text: Any) -> tuple[float, ...]:
+    """The numbers in "250, 500 750"; RecipeError names the first that is none."""
+    edges = []
+    for word in str(text or "").replace(",", " ").split():
+        try:
+            edge = float(word)
+        except ValueError:
+            edge = math.nan
+        if not math.isfinite(edge):
+            raise RecipeError(f"edges: got {word[:40]!r}; give timesteps such as 250, 500, 750.")
+        edges.append(edge)
+    return tuple(edges)
+
+
+def random_seed() -> int:
+    """A seed nobody chose."""
+    return secrets.randbelow(100_000)
+
+
+def method_line(name: Any) -> str:
+    """What a method does and where it was published."""
+    method = METHODS.get(str(name))
+    return f"{method.description} ({method.source})" if method and method.source else ""
+
+
+def group_span(kind: Any, groups: Any) -> str:
+    """One line that says what the chosen groups are."""
+    if kind == "per_step":
+        return "One group around each timestep that the calibration saw: the most exact, and the largest."
+    if kind == "edges":
+        return f"Groups between these timesteps of 0 to {TIME_SPAN:.0f}; k edges make k + 1 groups."
+    return "Equal spans of the model's timesteps, each with its own transform."
+
+
+def form_of_spec(spec: RunSpec) -> dict[str, Any]:
+    """The controls' values that would make this run again, as far as the controls can say it."""
+    values: dict[str, Any] = {
+        "model": spec.model, "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
+    }  # fmt: skip
+    if spec.prompts:
+        values |= {"prompt": spec.prompts[0], "extra_prompts": len(spec.prompts) - 1}
+    quantized = [recipe for recipe in spec.recipes if recipe.quantized]
+    if not quantized:
+        return values
+    chosen = quantized[-1]
+    method, rule = chosen.name.rpartition("-w")[0], chosen.rules[0]
+    if method in METHODS and rule.weight and rule.activation:
+        values |= {"method": method, "weight_bits": rule.weight.bits, "activation_bits": rule.activation.bits}
+    values |= {"group_kind": chosen.time.kind, "groups": chosen.time.count, "storage": chosen.storage}
+    values["edges"] = ", ".join(f"{edge:g}" for edge in chosen.time.edges)
+    baseline = quantized[0].name.rpartition("-w")[0]
+    if len(quantized) > 1 and baseline in {name for _, name in BASELINE_CHOICES}:
+        values["baseline"] = baseline
+    return values
+
+
+def _recipe(form: Form, method: str) -> Recipe:
+    kind = form.group_kind
+    if kind not in TIME_GROUP_KINDS:
+        raise RecipeError(f"groups: got the kind {kind!r}; allowed are {', '.join(TIME_GROUP_KINDS)}.")
+    if form.storage not in STORAGE_MODES:
+        raise RecipeError(f"storage: got {form.storage!r}; allowed are {', '.join(STORAGE_MODES)}.")
+    edges = parse_edges(form.edges) if kind == "edges" else ()
+    groups = len(edges) + 1 if kind == "edges" else 1
+    if kind == "uniform":
+        groups = _whole("groups", form.groups, 1, 1000)
+    return make_recipe(
+        method,
+        weight_bits=_whole("weight bits", form.weight_bits, 1, 16),
+        activation_bits=_whole("activation bits", form.activation_bits, 1, 16),
+        groups=groups,
+        group_kind=kind,
+        edges=edges,
+        storage=form.storage,
+    )
+
+
+def _run_spec(form: Form, command: Any, recipes: tuple[Recipe, ...], texts: tuple[str, ...]) -> RunSpec:
+    return RunSpec(
+        command=command,
+        model=str(form.model or ""),
+        recipes=recipes,
+        prompts=texts,
+        calibration_prompts=prompts.calibration(),
+        steps=_whole("steps", form.steps, -1_000_000, 1_000_000),
+        guidance=_number("guidance", form.guidance),
+        seed=_whole("seed", form.seed, -(2**40), 2**40),
+    )
+
+
+def _number(label: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise RecipeError(f"{label}: it is empty or not a number; write one.")
+    return float(value)
+
+
+def _whole(label: str, value: Any, least: int, most: int) -> int:
+    number = _number(label, value)
+    if number != int(number) or not least <= number <= most:
+        raise RecipeError(f"{label}: got {number:g}; give a whole number from {least} to {most}.")
+    return int(number)

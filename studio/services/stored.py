@@ -1,0 +1,165 @@
+"""Stored runs: their reports, pictures and settings, found by ids that the core listed and never by a path from the page."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import tempfile
+import uuid
+import zipfile
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from PIL import Image
+
+from studio.services import pictures
+from studio.services.core import Core
+from trdq_core.errors import StorageError, TRDQError
+from trdq_core.specs import RunSpec
+
+MOST_LISTED = 200
+
+
+class RunRow(NamedTuple):
+    """One line of the table of runs."""
+
+    created: str
+    command: str
+    model: str
+    recipes: str
+    state: str
+    id: str
+
+
+@dataclass(frozen=True)
+class StoredRun:
+    """One run's folder as far as it is there. `report` is empty if the run did not get that far."""
+
+    id: str
+    folder: Path
+    state: str
+    report: dict[str, Any]
+    spec: RunSpec | None
+
+    @property
+    def recipes(self) -> dict[str, dict[str, Any]]:
+        """The report's recipes by name; the noise floor is left out."""
+        found = self.report.get("recipes") or {}
+        return {name: facts for name, facts in found.items() if facts.get("kind") != "noise_floor"}
+
+    @property
+    def has_pictures(self) -> bool:
+        """Whether any recipe of the run left a picture."""
+        return any(facts.get("images") for facts in self.recipes.values())
+
+    @property
+    def noise_floor(self) -> dict[str, Any] | None:
+        """FP against FP again, if it was measured."""
+        found = (self.report.get("recipes") or {}).values()
+        return next((facts for facts in found if facts.get("kind") == "noise_floor"), None)
+
+    @property
+    def prompts(self) -> list[str]:
+        """The prompts of the run in order."""
+        return list(self.report.get("prompts") or (self.spec.prompts if self.spec else ()))
+
+    def picture(self, recipe: str, prompt: int) -> Image.Image | None:
+        """One recipe's picture of one prompt; nothing if it was not finished."""
+        images = self.recipes.get(recipe, {}).get("images") or []
+        if not 0 <= prompt < len(images):
+            return None
+        path = inside(self.folder, str(images[prompt]))
+        return pictures.load(path) if path else None
+
+
+@dataclass(frozen=True)
+class StoredRuns:
+    """The runs in the data folder."""
+
+    core: Core
+
+    def rows(self) -> list[RunRow]:
+        """The newest runs, newest first."""
+        return [self._row(info) for info in self.core.runs.list_runs()[:MOST_LISTED]]
+
+    def open(self, run_id: str | None) -> StoredRun | None:
+        """The run with this id if the core lists one."""
+        info = next((info for info in self.core.runs.list_runs() if info.id == run_id), None)
+        if info is None:
+            return None
+        folder = Path(info.folder)
+        return StoredRun(info.id, folder, info.state, _json(folder / "report.json"), _spec(folder))
+
+    def newest(self, command: str = "compare") -> StoredRun | None:
+        """The newest finished run of a command."""
+        infos = self.core.runs.list_runs()
+        info = next((info for info in infos if info.command == command and info.state == "done"), None)
+        return self.open(info.id) if info else None
+
+    def _row(self, info: Any) -> RunRow:
+        spec = _spec(Path(info.folder))
+        recipes = ", ".join(recipe.name for recipe in spec.recipes) if spec else ""
+        created = str(info.created).replace("T", " ")[:19]
+        return RunRow(created, info.command, info.model, recipes, info.state, info.id)
+
+
+def inside(folder: Path, relative: str) -> Path | None:
+    """The path of a file that lies in `folder`; nothing if the name leads out of it."""
+    path = (folder / relative).resolve()
+    return path if path.is_relative_to(folder.resolve()) else None
+
+
+@cache
+def _archives() -> tempfile.TemporaryDirectory[str]:
+    """Where archives wait to be fetched; removed when the studio ends."""
+    return tempfile.TemporaryDirectory(prefix="trdq-archives-", ignore_cleanup_errors=True)
+
+
+def archive(run: StoredRun) -> Path:
+    """A zip with everything in the run's folder; StorageError if it cannot be written."""
+    target = Path(_archives().name) / f"{run.id}.zip"
+    partial = target.with_name(f"{run.id}-{uuid.uuid4().hex}.tmp")
+    try:
+        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as bundle:
+            for path in sorted(run.folder.rglob("*")):
+                if path.is_file() and not path.is_symlink():
+                    bundle.write(path, Path(run.id) / path.relative_to(run.folder))
+        partial.replace(target)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise StorageError(f"download: the archive of {run.id} could not be written ({error.strerror}).") from error
+    return target
+
+
+def command_line(run: StoredRun) -> str:
+    """The command that repeats the run exactly, from the settings stored in its folder."""
+    command = run.spec.command if run.spec else "compare"
+    return f"python -m trdq_core {command} --spec {shlex.quote(str(run.folder / 'spec.json'))}"
+
+
+def psnr_text(facts: dict[str, Any]) -> str:
+    """PSNR as text; identical pictures have none."""
+    if facts.get("identical"):
+        return "identical"
+    value = facts.get("psnr")
+    if value is None or not math.isfinite(value):
+        return ""
+    return f"{value:.1f} dB"
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return data if isinstance(data, dict) else {}
+
+
+def _spec(folder: Path) -> RunSpec | None:
+    try:
+        return RunSpec.from_json((folder / "spec.json").read_text(encoding="utf-8"))
+    except (OSError, TRDQError, ValueError):
+        return None

@@ -1,0 +1,336 @@
+"""A core that answers at once, with the shapes of `docs/interfaces.md`: the studio's test double."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from trdq_core.errors import CalibrationError, Cancelled, ModelError
+from trdq_core.specs import Recipe, RunSpec
+
+SIDE = 64
+LAYERS = tuple(
+    f"transformer_blocks.{block}.{name}" for block in range(3) for name in ("attn1.to_q", "attn2.to_q", "ff.net.0.proj")
+)
+
+
+class ModelInfo(NamedTuple):
+    name: str
+    path: Path
+    kind: str
+    description: str
+    available: bool
+    reason: str
+
+
+class LayerPlan(NamedTuple):
+    layer: str
+    role: str
+    in_features: int
+    out_features: int
+    action: str
+    reason: str
+    weight_bits: int | None
+    activation_bits: int | None
+    transforms: str
+    sets: int
+    kernel: str
+    simulated: bool
+    fp_bytes: int
+    weight_bytes: int
+
+
+class Plan(NamedTuple):
+    layers: tuple[LayerPlan, ...]
+    fp_bytes: int
+    weight_bytes: int
+    resident_bytes: int
+    disk_bytes: int
+    effective_bits: float
+    notes: tuple[str, ...]
+
+
+class RunInfo(NamedTuple):
+    id: str
+    command: str
+    model: str
+    created: str
+    state: str
+    folder: Path
+
+
+class CalibrationInfo(NamedTuple):
+    fingerprint: str
+    model: str
+    prompts: int
+    steps: int
+    guidance: float
+    seed: int
+    created: str
+    seconds: float
+    folder: Path
+
+
+class FakeRuns:
+    """`trdq_core.runs` without a model. `pace` is the time of one sampler step."""
+
+    def __init__(self, folder: Path, pace: float = 0.0) -> None:
+        self.folder, self.pace = folder, pace
+        self.break_with: Exception | None = None
+        self.calls: list[RunSpec] = []
+
+    def data_folder(self) -> Path:
+        return self.folder
+
+    def models(self) -> list[ModelInfo]:
+        return [
+            ModelInfo("pocket-image", Path("pocket-image"), "pixart", "PixArt-Sigma of pocket size, 128 px.", True, ""),
+            ModelInfo("foreign", Path("foreign"), "unknown", "", False, "it holds no transformer"),
+        ]
+
+    def new_run_folder(self, command: str) -> Path:
+        stamp = time.strftime("%Y%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:].replace(".", "")
+        folder = self.folder / "runs" / f"{stamp}-{command}-{secrets.token_hex(2)}"
+        return folder
+
+    def plan(self, model: str, recipe: Recipe, *, backend: str | None = None, steps: int = 20) -> Any:
+        if model != "pocket-image":
+            raise ModelError(f"model: got {model!r}; known are pocket-image.")
+        sets = recipe.time.count if recipe.storage != "shared" else 1
+        rule = recipe.rules[0] if recipe.quantized else None
+        layers = [_layer(name, rule, sets) for name in LAYERS]
+        layers.append(_kept("proj_out"))
+        packed = sum(layer.weight_bytes for layer in layers)
+        total = sum(layer.fp_bytes for layer in layers)
+        resident = packed * (sets if recipe.storage == "resident" else 1)
+        return Plan(
+            layers=tuple(layers), fp_bytes=total, weight_bytes=packed, resident_bytes=resident, disk_bytes=packed * sets,
+            effective_bits=32 * packed / total, notes=(),
+        )  # fmt: skip
+
+    def run(
+        self, spec: RunSpec, folder: Path, *, on_event: Callable[[dict[str, Any]], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> dict[str, Any]:  # fmt: skip
+        self.calls.append(spec)
+        run = _FakeRun(self, spec, folder, on_event or (lambda event: None), cancelled or (lambda: False))
+        folder.mkdir(parents=True)
+        (folder / "spec.json").write_text(spec.to_json())
+        if self.break_with is not None:
+            raise self.break_with
+        return run.go()
+
+    def list_runs(self) -> list[RunInfo]:
+        found = sorted((self.folder / "runs").glob("*"), reverse=True)
+        return [_run_info(path) for path in found if path.is_dir()]
+
+    def list_calibrations(self, model: str | None = None) -> list[CalibrationInfo]:
+        found = sorted((self.folder / "calibrations").glob("*"), reverse=True)
+        infos = [_calibration_info(path) for path in found]
+        return [info for info in infos if model in (None, info.model)]
+
+    def find_calibration(self, spec: RunSpec) -> CalibrationInfo | None:
+        return next(
+            (i for i in self.list_calibrations(spec.model) if (i.steps, i.guidance) == (spec.steps, spec.guidance)),
+            None,
+        )
+
+
+class _FakeRun:
+    def __init__(self, runs: FakeRuns, spec: RunSpec, folder: Path, say: Any, cancelled: Any) -> None:
+        self.runs, self.spec, self.folder, self.say, self.cancelled = runs, spec, folder, say, cancelled
+
+    def go(self) -> dict[str, Any]:
+        try:
+            self._calibrate()
+            report = self._report() if self.spec.command == "compare" else {"command": self.spec.command, "recipes": {}}
+        except Cancelled as error:
+            self._write({"state": "cancelled"}, "state.json")
+            self.say({"kind": "cancelled", "text": str(error)})
+            raise
+        self._write(report, "report.json")
+        self._write({"state": "done"}, "state.json")
+        self.say({"kind": "done", "text": "Finished."})
+        return report
+
+    def _calibrate(self) -> None:
+        self.say({"kind": "stage", "stage": "load", "label": "reading the model", "recipe": None})
+        if self.runs.find_calibration(self.spec) is not None:
+            return
+        self.say({"kind": "stage", "stage": "calibrate", "label": "sampling in full precision", "recipe": None})
+        for step in range(self.spec.steps):
+            self._pause("calibrate")
+            self.say({"kind": "progress", "stage": "calibrate", "done": step + 1, "total": self.spec.steps,
+                      "eta_seconds": (self.spec.steps - step) * self.runs.pace, "detail": LAYERS[step % len(LAYERS)],
+                      "recipe": None})  # fmt: skip
+        folder = self.runs.folder / "calibrations" / secrets.token_hex(8)
+        folder.mkdir(parents=True)
+        facts = {"model": self.spec.model, "prompts": 16, "steps": self.spec.steps, "guidance": self.spec.guidance,
+                 "seed": self.spec.seed, "created": "2026-11-21T05:00:00", "seconds": 12.0}  # fmt: skip
+        (folder / "facts.json").write_text(json.dumps(facts))
+
+    def _report(self) -> dict[str, Any]:
+        recipes: dict[str, Any] = {}
+        for recipe in self.spec.recipes:
+            stage = "sample" if recipe.quantized else "reference"
+            self.say({"kind": "stage", "stage": stage, "label": "sampling", "recipe": recipe.name})
+            images = [self._sample(recipe.name, index) for index in range(len(self.spec.prompts))]
+            recipes[recipe.name] = _metrics(recipe, images, self.spec)
+            self.say({"kind": "result", "recipe": recipe.name, "metrics": recipes[recipe.name]})
+        recipes["fp-again"] = {"kind": "noise_floor", "identical": True, "psnr": None, "ssim": 1.0, "n": 1}
+        return {
+            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
+            "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
+            "recipes": recipes, "spec": self.spec.to_dict(),
+        }  # fmt: skip
+
+    def _sample(self, name: str, prompt: int) -> str:
+        for step in range(1, self.spec.steps + 1):
+            self._pause("sample")
+            image = f"previews/{name}_{prompt:03d}_{step:03d}.png"
+            self._picture(image, name, 1 - step / self.spec.steps)
+            self.say(
+                {
+                    "kind": "preview",
+                    "recipe": name,
+                    "prompt": prompt,
+                    "step": step,
+                    "steps": self.spec.steps,
+                    "image": image,
+                }
+            )
+        image = f"images/{name}_{prompt:03d}.png"
+        self._picture(image, name, 0.0)
+        self.say({"kind": "image", "recipe": name, "prompt": prompt, "image": image})
+        return image
+
+    def _picture(self, relative: str, name: str, noise: float) -> None:
+        path = self.folder / relative
+        path.parent.mkdir(exist_ok=True)
+        y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
+        disc = (x**2 + y**2 < 0.12)[..., None]
+        picture = np.where(disc, np.array([0.85, 0.15, 0.2]) - 0.3 * y[..., None], 1.0)
+        amount = noise + (0.0 if name == "fp" else 0.04 if name.startswith("tr-dq") else 0.12)
+        random = np.random.default_rng(len(relative)).normal(size=picture.shape)
+        Image.fromarray((np.clip(picture + amount * random, 0, 1) * 255).astype(np.uint8)).save(path)
+
+    def _pause(self, stage: str) -> None:
+        time.sleep(self.runs.pace)
+        if self.cancelled():
+            raise Cancelled(f"Cancelled during {stage}; what was finished before is kept.")
+
+    def _write(self, data: dict[str, Any], name: str) -> None:
+        (self.folder / name).write_text(json.dumps(data))
+
+
+class FakeInspection:
+    """`trdq_core.inspection` with made-up values."""
+
+    def layers(self, calibration: Path) -> list[str]:
+        return list(LAYERS)
+
+    def channel_timeline(self, calibration: Path, layer: str) -> Any:
+        random = np.random.default_rng(LAYERS.index(layer))
+        timesteps = np.linspace(999, 20, 20)
+        scale = np.exp(random.normal(size=96))
+        return SimpleNamespace(timesteps=timesteps, absmax=np.outer(0.3 + timesteps / 1000, scale) + 0.05)
+
+    def histograms(self, calibration: Path, model: str, recipe: Recipe, layer: str, group: int) -> Any:
+        if layer not in LAYERS:
+            raise CalibrationError(f"{layer}: it was not observed.")
+        random = np.random.default_rng(group)
+        before, after = random.standard_t(3, 20000), random.normal(size=20000) * 1.5
+        edges = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 121)
+        return SimpleNamespace(
+            edges=edges, before=np.histogram(before, edges)[0], after=np.histogram(after, edges)[0],
+            before_facts=_facts(before), after_facts=_facts(after), rows=256, kept=True, note="The transform is kept.",
+        )  # fmt: skip
+
+    def group_edges(self, recipe: Recipe, timesteps: Any) -> list[float]:
+        count = recipe.time.count
+        return [1000 * index / count for index in range(1, count)]
+
+    def group_labels(self, recipe: Recipe, timesteps: Any) -> list[str]:
+        count = recipe.time.count
+        return [f"{1000 * i // count} to {1000 * (i + 1) // count}" for i in range(count)]
+
+
+class FakeCore:
+    """Both modules."""
+
+    def __init__(self, folder: Path, pace: float = 0.0) -> None:
+        self.runs, self.inspection = FakeRuns(folder, pace), FakeInspection()
+
+    def backend_label(self) -> str:
+        return "C++, AVX512-VNNI"
+
+    def gpu_name(self) -> str:
+        return ""
+
+
+def _layer(name: str, rule: Any, sets: int) -> Any:
+    fp_bytes = 4 * 384 * 384
+    bits = rule.weight.bits if rule else 32
+    real = rule is not None and (bits, rule.activation.bits) in ((8, 8), (4, 8))
+    return LayerPlan(
+        layer=name, role="self_q", in_features=384, out_features=384, action="quantize" if rule else "keep",
+        reason="" if rule else "full precision", weight_bits=bits, activation_bits=rule.activation.bits if rule else 32,
+        transforms=" > ".join(t.kind for t in rule.transforms) if rule else "", sets=sets,
+        kernel="int4 packed VNNI" if bits == 4 else "int8 oneDNN", simulated=not real, fp_bytes=fp_bytes,
+        weight_bytes=fp_bytes * bits // 32 + 1536,
+    )  # fmt: skip
+
+
+def _kept(name: str) -> Any:
+    return LayerPlan(
+        layer=name, role="final", in_features=384, out_features=16, action="keep",
+        reason="embedders, modulation and the final projection stay in full precision", weight_bits=32,
+        activation_bits=32, transforms="", sets=1, kernel="full precision", simulated=False, fp_bytes=24576,
+        weight_bytes=24576,
+    )  # fmt: skip
+
+
+def _metrics(recipe: Recipe, images: list[str], spec: RunSpec) -> dict[str, Any]:
+    size = 9 * 4 * 384 * 384
+    step = {"median": 41.0, "p10": 40.2, "p90": 44.1, "n": 100}
+    whole = {"median": 912.0, "p10": 900.0, "p90": 960.0, "n": 8}
+    common = {"images": images, "peak_rss_bytes": 812_000_000, "fp_weight_bytes": size}
+    if not recipe.quantized:
+        return {"kind": "reference", "label": "FP32", "step_ms": step, "end_to_end_ms": whole, "weight_bytes": size,
+                "effective_bits": 32.0, "kernels": {}, "simulated": False, **common}  # fmt: skip
+    rule = recipe.rules[0]
+    simulated = (rule.weight.bits, rule.activation.bits) not in ((8, 8), (4, 8))
+    better = 6 if recipe.name.startswith("tr-dq") else 0
+    kernel = {4: "int4 packed VNNI", 8: "int8 oneDNN"}.get(rule.weight.bits, "simulated")
+    return {
+        "kind": "quantized", "psnr": 25.0 + better, "psnr_std": 2.0, "ssim": 0.91, "ssim_std": 0.02, "identical": False,
+        "n": len(images), "latent_sqnr_db": [40.0 - 0.8 * i + better for i in range(spec.steps)],
+        "mean_latent_sqnr_db": 30.0 + better, "step_ms": None if simulated else step,
+        "end_to_end_ms": None if simulated else whole, "weight_bytes": size * rule.weight.bits // 32,
+        "resident_bytes": size // 8, "disk_bytes": size // 2, "effective_bits": rule.weight.bits + 0.3,
+        "kernels": {"simulated": 9} if simulated else {kernel: 9}, "simulated": simulated, "rejected": [], **common,
+    }  # fmt: skip
+
+
+def _facts(values: Any) -> Any:
+    kurtosis = float(((values - values.mean()) ** 4).mean() / values.var() ** 2)
+    absmax = float(np.abs(values).max())
+    peak = absmax / float(np.sqrt((values**2).mean()))
+    return SimpleNamespace(absmax=absmax, kurtosis=kurtosis, clipped_share=0.0012, sqnr_db=28.4, peak=peak)
+
+
+def _run_info(path: Path) -> RunInfo:
+    state = json.loads((path / "state.json").read_text())["state"] if (path / "state.json").exists() else "unfinished"
+    return RunInfo(path.name, path.name.split("-")[-2], "pocket-image", "2026-11-21T05:00:00", state, path)
+
+
+def _calibration_info(path: Path) -> CalibrationInfo:
+    return CalibrationInfo(fingerprint=path.name, folder=path, **json.loads((path / "facts.json").read_text()))
