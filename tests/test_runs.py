@@ -50,6 +50,8 @@ def test_compare_reports_everything_it_promises(tiny_folder: Path, data: Path) -
     floor = report["recipes"]["fp-again"]
     assert floor["identical"]
     assert floor["psnr"] is None
+    assert floor["step_ms"]["n"] == 2
+    assert floor["step_ms"] != report["recipes"]["fp"]["step_ms"], "the noise floor's time is a measurement of its own"
     for name in ("rtn-w4a8", "tr-dq-w4a8"):
         row = report["recipes"][name]
         assert len(row["latent_sqnr_db"]) == STEPS

@@ -95,5 +95,14 @@ def test_bad_values_are_refused_in_words(make: object, words: str) -> None:
         make()
 
 
+def test_every_kind_of_group_is_counted_its_own_way() -> None:
+    four_edges = make_recipe("tr-dq", group_kind="edges", edges=(100.0, 300.0, 500.0, 700.0))
+    assert four_edges.time.groups_in(20) == 5
+    with pytest.raises(RecipeError, match="got 5 timestep groups for 4 steps"):
+        run_spec(steps=4, recipes=(four_edges,))
+    one_a_step = make_recipe("tr-dq", groups=50, group_kind="per_step")  # the count is that of another kind: ignored
+    assert run_spec(steps=4, recipes=(one_a_step,)).recipes[0].time.groups_in(4) == 4
+
+
 def test_prompts_are_trimmed() -> None:
     assert check_prompt("  red apple ") == "red apple"

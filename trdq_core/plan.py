@@ -87,9 +87,7 @@ def set_count(recipe: Recipe, steps: int) -> int:
     """How many sets of transforms and weights a recipe has: one if shared, else one for each time group."""
     if recipe.storage == "shared":
         return 1
-    if recipe.time.kind == "per_step":
-        return steps
-    return len(recipe.time.edges) + 1 if recipe.time.kind == "edges" else recipe.time.count
+    return recipe.time.groups_in(steps)
 
 
 def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, backend: dispatch.Backend) -> Plan:
@@ -112,7 +110,7 @@ def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, b
         resident_bytes=resident,
         disk_bytes=one_set * sets if recipe.storage == "switched" and sets > 1 else 0,
         effective_bits=32 * resident / fp_bytes if fp_bytes else 32.0,
-        notes=_notes(recipe, sets, one_set),
+        notes=_notes(recipe, steps, sets, one_set),
     )
 
 
@@ -187,10 +185,9 @@ def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:
     )  # fmt: skip
 
 
-def _notes(recipe: Recipe, sets: int, one_set: int) -> tuple[str, ...]:
+def _notes(recipe: Recipe, steps: int, sets: int, one_set: int) -> tuple[str, ...]:
     notes = []
-    groups = recipe.time.count if recipe.time.kind == "uniform" else max(sets, len(recipe.time.edges) + 1)
-    if recipe.storage == "shared" and groups > 1:
+    if recipe.storage == "shared" and recipe.time.groups_in(steps) > 1:
         notes.append("shared storage: one transform is fitted on all groups together, an approximation of the method.")
     if recipe.storage == "resident" and sets > 1:
         notes.append(f"resident storage: all {sets} sets of packed weights stay in memory.")

@@ -164,6 +164,12 @@ class TimeGroupSpec(Spec):
                     f"edges: got {list(self.edges)}; give rising timesteps between 0 and 1000, both ends left out."
                 )
 
+    def groups_in(self, steps: int) -> int:
+        """How many groups a calibration of `steps` timesteps is cut into; `count` speaks for kind "uniform" only."""
+        if self.kind == "per_step":
+            return steps
+        return len(self.edges) + 1 if self.kind == "edges" else self.count
+
 
 @dataclass(frozen=True, kw_only=True)
 class LayerRule(Spec):
@@ -294,9 +300,9 @@ class RunSpec(Spec):
         for prompt in (*self.prompts, *self.calibration_prompts):
             check_prompt(prompt)
         for recipe in self.recipes:
-            if recipe.time.count > self.steps:
+            if (groups := recipe.time.groups_in(self.steps)) > self.steps:
                 raise RecipeError(
-                    f"groups: got {recipe.time.count} timestep groups for {self.steps} steps in {recipe.name}; "
+                    f"groups: got {groups} timestep groups for {self.steps} steps in {recipe.name}; "
                     "use at most as many groups as steps."
                 )
 

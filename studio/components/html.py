@@ -208,7 +208,7 @@ def _rejected(facts: dict[str, Any]) -> str:
         return ""
     names = ", ".join(escape(words.layer(str(entry.get("layer")))) for entry in rejected)
     return (
-        f'<details class="tr-small"><summary>Do no harm: {words.plural(len(rejected), "layer")} left without the '
+        f'<details class="tr-small"><summary>Do no harm: {words.plural(len(rejected), "input")} left without the '
         f"transform, which made them worse</summary>{names}</details>"
     )
 

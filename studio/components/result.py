@@ -254,7 +254,8 @@ def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:
     recipe = next((recipe for recipe in run.spec.recipes if recipe.name == name), None) if run.spec else None
     if recipe is None or (recipe.time.count == 1 and recipe.time.kind == "uniform"):
         return "one transform for all timesteps"
-    groups = "a group per step" if recipe.time.kind == "per_step" else f"{recipe.time.count} timestep groups"
+    count = recipe.time.groups_in(run.spec.steps) if run.spec else recipe.time.count
+    groups = "a group per step" if recipe.time.kind == "per_step" else f"{count} timestep groups"
     return f"{groups}, {recipe.storage}"
 
 
