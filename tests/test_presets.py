@@ -42,8 +42,8 @@ def test_033_methods_differ_only_in_their_pieces() -> None:
     ("name", "words"),
     [
         ("tr-dk-w4a8", "got 'tr-dk'; known methods are fp, rtn, .* did you mean tr-dq"),
-        ("rtn-w5a8", "weight bits: got 5; allowed are 4, 6, 8"),
-        ("rtn-w8a3", "activation bits: got 3"),
+        ("rtn-w7a8", "weight bits: got 7; allowed are 2, 3, 4, 5, 6, 8"),
+        ("rtn-w8a2", "activation bits: got 2"),
         ("", "the name is empty"),
     ],
 )

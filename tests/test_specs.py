@@ -9,14 +9,25 @@ import pytest
 from trdq_core.errors import RecipeError
 from trdq_core.presets import make_recipe
 from trdq_core.specs import (
+    AttentionSpec,
     LayerRule,
+    LowRankSpec,
     QuantSpec,
     Recipe,
+    ReconstructionSpec,
     RunSpec,
+    SharingSpec,
     TimeGroupSpec,
     TransformSpec,
     check_prompt,
 )
+
+LEARNED = LayerRule(weight=QuantSpec(bits=4), rounding="adaround")
+
+
+def activation(*transforms: TransformSpec, **changes: object) -> LayerRule:
+    """A rule with 4-bit weights and an activation grid as given."""
+    return LayerRule(weight=QuantSpec(bits=4), activation=QuantSpec(**changes), transforms=transforms)
 
 
 def run_spec(**changes: object) -> RunSpec:
@@ -35,7 +46,7 @@ def test_runs_survive_json() -> None:
 
 
 def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
-    with pytest.raises(RecipeError, match="QuantSpec: unknown key 'bit'; allowed keys are bits, symmetric"):
+    with pytest.raises(RecipeError, match="QuantSpec: unknown key 'bit'; allowed keys are bits, grid, symmetric"):
         QuantSpec.from_dict({"bit": 4})
     nested = json.loads(make_recipe("rtn").to_json())
     nested["rules"][0]["weight"]["colour"] = "red"
@@ -52,7 +63,7 @@ def test_unknown_keys_are_refused_with_the_allowed_ones() -> None:
         ('{"name": 3}', "Recipe.name: expected str, got 3"),
         ('{"name": "x", "rules": {}}', "Recipe.rules: expected a list"),
         ('{"name": "x", "storage": "cloud"}', "allowed are 'shared', 'resident', 'switched'"),
-        ('{"name": "x", "format_version": 99}', "got 99; this version reads up to 1"),
+        ('{"name": "x", "format_version": 99}', "got 99; this version reads up to 2"),
     ],
 )
 def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
@@ -63,21 +74,55 @@ def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: QuantSpec(bits=5), "bits: got 5; allowed are 4, 6, 8"),
+        (lambda: QuantSpec(bits=7), "bits: got 7; allowed are 2, 3, 4, 5, 6, 8"),
         (lambda: QuantSpec(bits=4, granularity="group"), "give a group_size exactly when"),
         (lambda: QuantSpec(bits=4, group_size=64), "give a group_size exactly when"),
-        (lambda: QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False), "must be symmetric"),
-        (lambda: QuantSpec(bits=4, dynamic=True), 'only "token" or "tensor" ranges are dynamic'),
+        (lambda: QuantSpec(bits=4, dynamic=True), 'only "token", "group" or "tensor" ranges are dynamic'),
+        (lambda: QuantSpec(bits=4, clip=0), "clip: got 0; allowed is 0.1 to 1"),
+        (lambda: QuantSpec(bits=4, grid="twin_log", granularity="tensor"), "one grid for each output channel"),
+        (lambda: QuantSpec(bits=4, grid="twin_region"), "it is static, with one grid for a whole tensor"),
+        (lambda: QuantSpec(bits=4, per_time_group=True), "only static activation ranges"),
+        (lambda: activation(bits=2, granularity="token", dynamic=True), "activation bits: got 2; allowed are 3, 4, 5"),
+        (lambda: activation(bits=4, grid="twin_log"), 'grid "twin_log" is for weights'),
+        (lambda: activation(bits=4, granularity="channel"), "per token, per group or per tensor, not per channel"),
+        (lambda: activation(bits=4, granularity="token"), "got static per token"),
+        (lambda: activation(bits=4, granularity="token", dynamic=True, range="mse"), 'take range "minmax"'),
+        (
+            lambda: activation(TransformSpec(kind="smooth"), bits=8, grid="twin_region", granularity="tensor"),
+            "leave the transforms out",
+        ),
+        (lambda: LayerRule(weight=QuantSpec(bits=4, granularity="token")), "weights are fixed"),
+        (lambda: LayerRule(weight=QuantSpec(bits=4, granularity="tensor", grid="twin_region")), "is for activations"),
+        (lambda: LayerRule(rounding="gptq"), "it quantizes no weight"),
+        (lambda: LowRankSpec(rank=0), "rank: got 0; allowed is 1 to 1024"),
+        (lambda: AttentionSpec(bits=2), "attention bits: got 2"),
+        (lambda: AttentionSpec(per_time_group=True), "whose threshold then moves"),
+        (lambda: ReconstructionSpec(beta=(2.0, 20.0)), "give two numbers, the first larger"),
+        (lambda: Recipe(name="x", reconstruction=ReconstructionSpec()), "learns the rounding"),
+        (lambda: Recipe(name="x", rules=(LEARNED,), storage="resident"), 'use storage "shared"'),
+        (
+            lambda: Recipe(name="x", attention=AttentionSpec(), sharing=SharingSpec(blocks=((0,),))),
+            "either quantized or shared",
+        ),
         (lambda: TransformSpec(kind="smooth", alpha=1.5), "alpha: got 1.5; allowed is 0 to 1"),
         (lambda: TransformSpec(kind="hadamard", block=48), "block: got 48; allowed are powers of two"),
         (lambda: TimeGroupSpec(count=0), "groups: got 0; allowed is 1 to 1000"),
         (lambda: TimeGroupSpec(kind="edges", edges=(float("nan"),)), "give rising timesteps"),
         (lambda: TimeGroupSpec(kind="edges"), "give rising timesteps between 0 and 1000"),
         (lambda: TimeGroupSpec(kind="edges", edges=(500.0, 250.0)), "give rising timesteps"),
-        (lambda: LayerRule(weight=QuantSpec(bits=8)), "weight and activation are quantized together"),
+        (lambda: LayerRule(activation=QuantSpec(bits=8, granularity="tensor")), "it quantizes no weight; give one"),
         (
-            lambda: LayerRule(transforms=(TransformSpec(kind="hadamard"), TransformSpec(kind="smooth"))),
+            lambda: LayerRule(
+                weight=QuantSpec(bits=8), transforms=(TransformSpec(kind="hadamard"), TransformSpec(kind="smooth"))
+            ),
             "got hadamard > smooth; the order is smooth > greedy_rotation > serpentine",
+        ),
+        (
+            lambda: LayerRule(
+                weight=QuantSpec(bits=8),
+                transforms=(TransformSpec(kind="adaptive_rotation"), TransformSpec(kind="hadamard")),
+            ),
+            "adaptive_rotation chooses the rotation itself",
         ),
         (lambda: run_spec(steps=1), "steps: got 1; allowed is 2 to 200"),
         (lambda: run_spec(guidance=0.5), "guidance: got 0.5; allowed is 1"),

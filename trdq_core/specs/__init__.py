@@ -1,0 +1,36 @@
+"""What can be asked for, as frozen data: recipes, their parts, and runs. JSON both ways; unknown keys are refused."""
+
+from trdq_core.specs.base import FORMAT_VERSION, TIME_SPAN, Spec
+from trdq_core.specs.layers import (
+    ACTIVATION_BITS,
+    ROUNDINGS,
+    WEIGHT_BITS,
+    Granularity,
+    LayerRule,
+    LowRankSpec,
+    QuantSpec,
+    Rounding,
+    TransformKind,
+    TransformSpec,
+)
+from trdq_core.specs.recipe import (
+    SHARING_MEASURES,
+    STORAGE_MODES,
+    TIME_GROUP_KINDS,
+    AttentionSpec,
+    Recipe,
+    ReconstructionSpec,
+    SharingMeasure,
+    SharingSpec,
+    Storage,
+    TimeGroupKind,
+    TimeGroupSpec,
+)
+from trdq_core.specs.run import MAX_PROMPT, Command, RunSpec, check_prompt
+
+__all__ = [
+    "ACTIVATION_BITS", "FORMAT_VERSION", "MAX_PROMPT", "ROUNDINGS", "SHARING_MEASURES", "STORAGE_MODES", "TIME_GROUP_KINDS",
+    "TIME_SPAN", "WEIGHT_BITS", "AttentionSpec", "Command", "Granularity", "LayerRule", "LowRankSpec", "QuantSpec",
+    "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure", "SharingSpec", "Spec", "Storage",
+    "TimeGroupKind", "TimeGroupSpec", "TransformKind", "TransformSpec", "check_prompt",
+]  # fmt: skip

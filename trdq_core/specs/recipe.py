@@ -1,0 +1,184 @@
+"""Recipes: rules for layers, time groups, storage, sharing, attention products, reconstruction."""
+
+from __future__ import annotations
+
+import itertools
+import typing
+from dataclasses import dataclass, field
+from typing import Literal
+
+from trdq_core.errors import RecipeError
+from trdq_core.specs.base import FORMAT_VERSION, TIME_SPAN, Spec
+from trdq_core.specs.layers import ACTIVATION_BITS, LayerRule
+
+TimeGroupKind = Literal["uniform", "edges", "per_step", "dp"]
+Storage = Literal["shared", "resident", "switched"]
+SharingMeasure = Literal["map_cosine", "output_error"]
+
+STORAGE_MODES: tuple[Storage, ...] = typing.get_args(Storage)
+SHARING_MEASURES: tuple[SharingMeasure, ...] = typing.get_args(SharingMeasure)
+TIME_GROUP_KINDS: tuple[TimeGroupKind, ...] = typing.get_args(TimeGroupKind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeGroupSpec(Spec):
+    """How the time axis [0, 1000] is cut.
+
+    "uniform" into `count` equal parts; "edges" at given timesteps; "per_step" puts one group around each calibrated
+    timestep; "dp" into `count` parts within which the channel ranges change least, by dynamic programming.
+    """
+
+    kind: TimeGroupKind = "uniform"
+    count: int = 1
+    edges: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.count <= 1000:
+            raise RecipeError(f"groups: got {self.count}; allowed is 1 to 1000.")
+        if self.kind == "edges":
+            ordered = all(a < b for a, b in itertools.pairwise(self.edges))
+            if not self.edges or not ordered or not all(0 < edge < TIME_SPAN for edge in self.edges):
+                raise RecipeError(
+                    f"edges: got {list(self.edges)}; give rising timesteps between 0 and 1000, both ends left out."
+                )
+
+    def groups_in(self, steps: int) -> int:
+        """How many groups a calibration of `steps` timesteps is cut into; `count` speaks for kinds "uniform" and "dp"."""
+        if self.kind == "per_step":
+            return steps
+        return (
+            len(self.edges) + 1 if self.kind == "edges" else min(self.count, steps) if self.kind == "dp" else self.count
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class SharingSpec(Spec):
+    """Blocks whose unconditional branch takes the self-attention map of the conditional one, for each group of timesteps.
+
+    `blocks[g]` lists the blocks shared in group g, group 0 being the smallest timesteps; `edges` are the rising borders
+    between the groups. With a measure and a threshold and no block it is a wish, which `similarity.plan_sharing` fulfils.
+    Errors are relative output errors, the saving is a share of the attention FLOPs of a whole run; all measured before.
+    """
+
+    blocks: tuple[tuple[int, ...], ...] = ()
+    edges: tuple[float, ...] = ()
+    measure: SharingMeasure | None = None
+    threshold: float | None = None
+    predicted_error: float | None = None  # mean over the shared blocks and steps
+    worst_error: float | None = None
+    predicted_saving: float | None = None
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        rising = all(a < b for a, b in zip(self.edges, self.edges[1:], strict=False))
+        if not rising or any(not 0 < edge < TIME_SPAN for edge in self.edges):
+            raise RecipeError(
+                f"sharing edges: got {list(self.edges)}; give rising timesteps between 0 and 1000, both ends left out."
+            )
+        if self.blocks and len(self.blocks) != len(self.edges) + 1:
+            raise RecipeError(
+                f"sharing blocks: got {len(self.blocks)} lists for {len(self.edges) + 1} time groups; give one list a group."
+            )
+        if any(block < 0 for group in self.blocks for block in group):
+            raise RecipeError("sharing blocks: got a negative block number; blocks count from 0.")
+        if (self.measure is None) != (self.threshold is None):
+            raise RecipeError("sharing threshold: a measure and its threshold are given together, or neither is.")
+
+    @property
+    def active(self) -> bool:
+        """Whether any block is shared at any time."""
+        return any(self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionSpec(Spec):
+    """Quantized products of attention, queries with keys and softmax with values: static grids, one for each head.
+
+    "twin_region" gives the softmax two steps, fine below a threshold and coarse above (TQ-DiT, after PTQ4ViT).
+    """
+
+    bits: int = 8  # of queries, keys and values
+    softmax_bits: int = 8
+    softmax_grid: Literal["uniform", "twin_region"] = "uniform"
+    per_time_group: bool = False  # thresholds of the softmax grid for each time group (TQ-DiT)
+    cross: bool = True  # cross-attention too
+
+    def __post_init__(self) -> None:
+        for label, bits in (("bits", self.bits), ("softmax_bits", self.softmax_bits)):
+            if bits not in ACTIVATION_BITS:
+                allowed = ", ".join(map(str, ACTIVATION_BITS))
+                raise RecipeError(f"attention {label}: got {bits}; allowed are {allowed}.")
+        if self.per_time_group and self.softmax_grid != "twin_region":
+            raise RecipeError(
+                'attention per_time_group: it is for softmax_grid "twin_region", whose threshold then moves.'
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionSpec(Spec):
+    """Learning the rounding on the outputs of a unit, with AdaRound's relaxation (BRECQ, Q-Diffusion, TFMQ-DM).
+
+    `temporal_block` learns the layers that read only the timestep first and on their own (TFMQ-DM).
+    """
+
+    unit: Literal["layer", "block"] = "block"
+    temporal_block: bool = False
+    iterations: int = 500
+    batch: int = 16
+    learning_rate: float = 4e-4
+    round_weight: float = 0.01
+    warm_up: float = 0.2  # share of the iterations without the rounding penalty
+    beta: tuple[float, ...] = (20.0, 2.0)
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.iterations <= 100_000:
+            raise RecipeError(f"iterations: got {self.iterations}; allowed is 1 to 100,000.")
+        if not 1 <= self.batch <= 1024:
+            raise RecipeError(f"batch: got {self.batch}; allowed is 1 to 1024.")
+        if not 0 < self.learning_rate <= 1:
+            raise RecipeError(f"learning_rate: got {self.learning_rate}; allowed is above 0 to 1.")
+        if not 0 <= self.warm_up < 1:
+            raise RecipeError(f"warm_up: got {self.warm_up}; allowed is 0 up to, not including, 1.")
+        if len(self.beta) != 2 or self.beta[0] < self.beta[1] or self.beta[1] <= 0:
+            raise RecipeError(f"beta: got {list(self.beta)}; give two numbers, the first larger, both above 0.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(Spec):
+    """A quantization method with its numbers. A method is data: adding one needs no class."""
+
+    name: str
+    rules: tuple[LayerRule, ...] = ()
+    time: TimeGroupSpec = field(default_factory=TimeGroupSpec)
+    storage: Storage = "shared"
+    do_no_harm: bool = True
+    sharing: SharingSpec | None = None
+    attention: AttentionSpec | None = None
+    reconstruction: ReconstructionSpec | None = None
+    description: str = ""
+    source: str = ""
+    format_version: int = FORMAT_VERSION
+
+    def __post_init__(self) -> None:
+        if self.format_version > FORMAT_VERSION:
+            raise RecipeError(
+                f"format_version: got {self.format_version}; this version reads up to {FORMAT_VERSION}, update TR-DQ Studio."
+            )
+        rounded = any(rule.rounding == "adaround" for rule in self.rules)
+        if self.reconstruction is not None and not rounded:
+            raise RecipeError(
+                f'{self.name}: reconstruction learns the rounding; set rounding "adaround" in a rule or leave it out.'
+            )
+        if rounded and self.storage != "shared":
+            raise RecipeError(
+                f'{self.name}: rounding "adaround" learns one weight for all timesteps; use storage "shared".'
+            )
+        if self.attention is not None and self.sharing is not None:
+            raise RecipeError(
+                f"{self.name}: attention products are either quantized or shared between the branches; leave one out."
+            )
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any rule quantizes anything."""
+        return any(rule.weight is not None for rule in self.rules)

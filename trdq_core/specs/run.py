@@ -1,0 +1,66 @@
+"""Runs: one command with everything it needs, as a run folder holds it in `spec.json`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from trdq_core.errors import RecipeError
+from trdq_core.specs.base import Spec
+from trdq_core.specs.recipe import Recipe, SharingSpec
+
+Command = Literal["calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunSpec(Spec):
+    """One run of the command line or of a studio page. The folder of a run holds it as `spec.json`."""
+
+    command: Command
+    model: str
+    recipes: tuple[Recipe, ...] = ()
+    prompts: tuple[str, ...] = ()
+    calibration_prompts: tuple[str, ...] = ()
+    steps: int = 20
+    guidance: float = 3.5
+    seed: int = 0
+    timing_rounds: int = 10
+    backend: Literal["reference", "torch", "cpp"] | None = None  # None: the fastest that runs here
+    sharing: SharingSpec | None = None  # of the attention command: the threshold and time groups to plan with
+    seeds: int = 1  # of evaluate: pictures of each prompt, from seed, seed + 1000 and so on
+    bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.steps <= 200:
+            raise RecipeError(f"steps: got {self.steps}; allowed is 2 to 200.")
+        if not 1 <= self.guidance <= 30:
+            raise RecipeError(f"guidance: got {self.guidance}; allowed is 1 (off) to 30.")
+        if not 0 <= self.seed < 2**31:
+            raise RecipeError(f"seed: got {self.seed}; allowed is 0 to {2**31 - 1}.")
+        if not 1 <= self.timing_rounds <= 1000:
+            raise RecipeError(f"timing_rounds: got {self.timing_rounds}; allowed is 1 to 1000.")
+        if not 1 <= self.seeds <= 100:
+            raise RecipeError(f"seeds: got {self.seeds}; allowed is 1 to 100.")
+        if self.command == "attention" and self.guidance == 1:
+            raise RecipeError("guidance: got 1, which has one branch; give more than 1 to compare two branches.")
+        for prompt in (*self.prompts, *self.calibration_prompts):
+            check_prompt(prompt)
+        for recipe in self.recipes:
+            if (groups := recipe.time.groups_in(self.steps)) > self.steps:
+                raise RecipeError(
+                    f"groups: got {groups} timestep groups for {self.steps} steps in {recipe.name}; "
+                    "use at most as many groups as steps."
+                )
+
+
+MAX_PROMPT = 500
+
+
+def check_prompt(prompt: str) -> str:
+    """`prompt` without surrounding blanks; RecipeError if it is empty or too long."""
+    text = prompt.strip()
+    if not text:
+        raise RecipeError("prompt: it is empty; write what the picture should show, such as red apple.")
+    if len(text) > MAX_PROMPT:
+        raise RecipeError(f"prompt: got {len(text):,} characters; allowed are at most {MAX_PROMPT}, shorten it.")
+    return text
