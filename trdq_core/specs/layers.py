@@ -115,7 +115,7 @@ class TransformSpec(Spec):
             raise RecipeError(f"block: got {self.block}; allowed are powers of two from 2, or none for automatic.")
         if self.steps < 1:
             raise RecipeError(f"steps: got {self.steps}; allowed is 1 or more.")
-        if self.random_signs and self.kind != "hadamard":
+        if self.random_signs and self.kind not in ("hadamard", "adaptive_rotation"):
             raise RecipeError(f'random_signs: got it with "{self.kind}"; only a hadamard takes random signs.')
         if self.threshold < 0:
             raise RecipeError(f"threshold: got {self.threshold}; allowed is 0 or more.")
