@@ -24,7 +24,7 @@ from trdq_core.plan import InputGroup, LayerInfo, group_inputs
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext, TimeGroups, make_groups
+from trdq_core.timegroups import TimeContext, TimeGroups
 
 
 @dataclass
@@ -163,7 +163,7 @@ def convert_sharing_only(
 
 def groups_of(recipe: Recipe, statistics: Statistics) -> TimeGroups:
     """The time groups of a recipe on the timesteps of a calibration."""
-    return make_groups(recipe.time, statistics.timesteps, statistics)
+    return statistics.groups(recipe.time)
 
 
 def static_ranges(

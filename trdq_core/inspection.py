@@ -101,7 +101,7 @@ def group_labels(recipe: Recipe, timesteps: Sequence[float]) -> list[str]:
 def histograms(calibration: Path, model: str, recipe: Recipe, layer: str, group: int) -> LayerHistograms:
     """Histograms of one input in one time group, before and after the transform that `recipe` fits to it."""
     statistics = _statistics(calibration)
-    groups = make_groups(recipe.time, statistics.timesteps)
+    groups = statistics.groups(recipe.time)
     if not 0 <= group < groups.count:
         raise CalibrationError(f"time group: got {group}; this recipe has groups 0 to {groups.count - 1}.")
     rows = statistics.layer(layer).rows_at(statistics.steps_of(groups, group))

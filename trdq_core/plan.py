@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 from trdq_core.errors import RecipeError, ShapeError
 from trdq_core.kernels import dispatch
-from trdq_core.specs import LayerRule, Recipe, TransformSpec
-from trdq_core.transforms.rotation import choose_block
+from trdq_core.specs import LayerRule, Recipe
+from trdq_core.transforms.steps import price
 
 PANEL = 64  # kernels pad the outputs of a packed weight to whole panels
 
@@ -189,30 +189,10 @@ def _transform_price(group: InputGroup, groups: int) -> tuple[int, str]:
         total += 8 * (groups if activation.per_time_group else 1)  # one scale and one zero point
     if low_rank is not None:
         total += 2 * low_rank.rank * group.layers[0].in_features
-    prices = [_chain_price(group, chain) for chain in group.rule.chains]
-    words = " or ".join(dict.fromkeys(words for _, words in prices))
-    return total + max(price for price, _ in prices), words
-
-
-def _chain_price(group: InputGroup, chain: Sequence[TransformSpec]) -> tuple[int, str]:
-    channels = group.layers[0].in_features
-    outputs = sum(layer.out_features for layer in group.layers)
-    dense = any(spec.kind in ("greedy_rotation", "adaptive_rotation") for spec in chain)
-    total, words = 0, []
-    for spec in chain:
-        if spec.kind == "smooth":
-            total, words = total + 4 * channels, [*words, "scale"]
-            continue
-        block = choose_block(channels, outputs, spec.block, dense=dense, layer=group.layers[0].name)
-        if spec.kind == "greedy_rotation":
-            total, words = total + 2 * block * block, [*words, f"R{block}"]
-        elif spec.kind == "serpentine":
-            total, words = total + 4 * channels, [*words, "permute"]
-        elif spec.kind == "adaptive_rotation":
-            total, words = total + 4 * channels + 4 * block * block, [*words, f"H or R{block}, permute, R{block}"]
-        else:
-            total, words = total + (4 * channels if spec.random_signs else 0), [*words, f"H{block}"]
-    return total, ", ".join(words) or "none"
+    channels, outputs = group.layers[0].in_features, sum(layer.out_features for layer in group.layers)
+    prices = [price(chain, channels, outputs, layer=group.layers[0].name) for chain in group.rule.chains]
+    words = " or ".join(dict.fromkeys(each.words for each in prices))
+    return total + max(each.nbytes for each in prices), words
 
 
 def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:

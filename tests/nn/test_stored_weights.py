@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trdq_core.nn.stored_weights import coded_buffers, dense_weight, packed_buffers, pack, shape_only, storage_bits
+from trdq_core.nn.stored_weights import coded_buffers, dense_weight, pack, packed_buffers, shape_only, storage_bits
 from trdq_core.specs import QuantSpec
 from trdq_core.weights.rounding import dequantize_weight, packed_bytes, quantize_weight
 

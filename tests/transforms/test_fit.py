@@ -27,8 +27,14 @@ def bed(tokens: int = 256, channels: int = 256) -> tuple[torch.Tensor, torch.Ten
 
 
 def fit(method: str, x: torch.Tensor, weight: torch.Tensor) -> InputTransform:
-    transforms = make_recipe(method, weight_bits=4, activation_bits=4).rules[0].transforms
-    return fit_transform(transforms, rows=x, absmax=x.abs().amax(0), weights=[weight], seed=0)
+    transforms = make_recipe(method, weight_bits=4, activation_bits=4).rules[-1].transforms
+
+    def error(candidate: InputTransform) -> float:
+        seen = fake_quantize_tokens(candidate.apply(x), bits=4, symmetric=False)
+        return float((seen @ candidate.apply_to_weight(weight).float().T - x @ weight.T).square().sum())
+
+    absmax = x.abs().amax(0)
+    return fit_transform(transforms, rows=x, absmax=absmax, weights=[weight], seed=0, output_error=error)
 
 
 @pytest.mark.parametrize("method", METHOD_NAMES)

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError
-from trdq_core.fitting.one_set import Curvature, FittedSet, Rows, fit_set, output_error
+from trdq_core.fitting.one_set import Curvature, FittedSet, Rows, fit_chain, fit_set, output_error
 from trdq_core.nn.input_grid import InputGrid, Range
 from trdq_core.plan import InputGroup
 from trdq_core.specs import TransformSpec
 from trdq_core.statistics import LayerStatistics
-from trdq_core.transforms.base import InputTransform
+from trdq_core.transforms.base import InputTransform, aligned
+from trdq_core.transforms.steps import resolve_adaptive
 from trdq_core.weights.rounding import QuantizedWeight, Weight
 
 FIT_ROWS = 256  # token rows a transform is fitted on, at most
@@ -119,13 +120,14 @@ def _fit_chain(
     smooth = next((spec for spec in chain if spec.kind == "smooth"), None)
     if not chain:
         every = split_rows(statistics, range(len(statistics.rows))) if len(rows) > 1 else rows[0]
-        return (fit_set(group, (), weights, every, torch.empty(0), curvature, seed),) * len(rows)
+        return (fit_set(group, InputTransform(), weights, every, curvature, seed),) * len(rows)
+    chain = resolve_adaptive(chain, statistics.rows_at(range(len(statistics.rows))))  # all sets choose alike
     weight_absmax = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
+    absmax = [statistics.absmax(steps, smooth or chain[0], weight_absmax) for steps in steps_of_sets]
+    transforms = aligned([fit_chain(group, chain, weights, *pair, seed) for pair in zip(rows, absmax, strict=True)])
     return tuple(
-        fit_set(
-            group, chain, weights, part, statistics.absmax(steps, smooth or chain[0], weight_absmax), curvature, seed
-        )
-        for steps, part in zip(steps_of_sets, rows, strict=True)
+        fit_set(group, transform, weights, part, curvature, seed)
+        for transform, part in zip(transforms, rows, strict=True)
     )
 
 

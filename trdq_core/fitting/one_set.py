@@ -46,27 +46,37 @@ class FittedSet(NamedTuple):
     low_rank_up: dict[str, Tensor] = {}  # (out, rank) of each linear  # noqa: RUF012 - never written to
 
 
-def fit_set(
+def fit_chain(
     group: InputGroup,
     chain: Sequence[TransformSpec],
     weights: Mapping[str, Tensor],
     rows: Rows,
     absmax: Tensor,
+    seed: int,
+) -> InputTransform:
+    """The transform of one set. `weights` are (out, in) by layer name, `absmax` (channels,)."""
+    return fit_transform(
+        chain,
+        rows=rows.fit,
+        absmax=absmax,
+        weights=list(weights.values()),
+        seed=seed,
+        layer=group.layers[0].name,
+        output_error=lambda candidate: _quick_error(
+            group, candidate, weights, rows.fit[:: -(-len(rows.fit) // SEARCH_ROWS)]
+        ),
+    )
+
+
+def fit_set(
+    group: InputGroup,
+    transform: InputTransform,
+    weights: Mapping[str, Tensor],
+    rows: Rows,
     curvature: Mapping[str, Curvature],
     seed: int,
 ) -> FittedSet:
-    """Fit one set with one chain of transforms. `weights` are (out, in) by layer name, `absmax` (channels,)."""
-    transform = InputTransform()
-    if chain:
-        transform = fit_transform(
-            chain,
-            rows=rows.fit,
-            absmax=absmax,
-            weights=list(weights.values()),
-            seed=seed,
-            layer=group.layers[0].name,
-            output_error=lambda candidate: _quick_error(group, candidate, weights, rows.fit[:SEARCH_ROWS]),
-        )
+    """The weights of one set behind its transform, with their low-rank branch, and the clip of the input."""
     fitted = _fit_weights(group, transform, weights, rows, curvature, seed)
     activation = group.rule.activation
     if activation is not None and activation.dynamic and activation.range == "mse":
@@ -137,7 +147,7 @@ def _with_low_rank(
     names = list(transformed)
     return FittedSet(
         transform,
-        dict(zip(names, branch.residuals, strict=True)),
+        dict(zip(names, branch.weights, strict=True)),
         low_rank_down=down,
         low_rank_up=dict(zip(names, branch.ups, strict=True)),
     )

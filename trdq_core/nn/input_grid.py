@@ -11,7 +11,6 @@ from torch import Tensor
 from trdq_core.kernels.types import StaticGrid
 from trdq_core.numerics.affine import QParams, choose_qparams, fake_quantize, fake_quantize_groups, fake_quantize_tokens
 from trdq_core.numerics.ranges import static_range
-from trdq_core.numerics.twin_region import TwinRegionActivation
 from trdq_core.specs import QuantSpec
 
 Range = tuple[float, float]
@@ -48,6 +47,8 @@ class InputGrid(NamedTuple):
             return fake_quantize_tokens(x, bits=bits, symmetric=symmetric, clip=clip)
         low, high = self.ranges[index if len(self.ranges) > 1 else 0]
         if self.spec.grid == "twin_region":
+            from trdq_core.numerics.twin_region import TwinRegionActivation
+
             return TwinRegionActivation.from_range(low, high, bits).fake_quantize(x)
         return fake_quantize(x, static_qparams(low, high, bits=bits, symmetric=symmetric), bits=bits)
 
