@@ -18,23 +18,11 @@ from torch import Tensor, nn
 from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.sampling import SampledModel, sample
+from trdq_core.scale_search import OutputSamples
 from trdq_core.statistics import FP16_MAX
 from trdq_core.timegroups import timestep_value
 
 CALLS = 32  # denoiser calls that are replayed with gradients, at most
-
-
-class OutputSamples(NamedTuple):
-    """Rows of one linear's input, and how much the prediction depends on its outputs at the same tokens."""
-
-    inputs: Tensor  # (rows, in) fp16
-    weight: Tensor  # (rows, out) fp32, E[g^2] over the probes
-    timesteps: Tensor  # (rows,) fp32
-
-    def inside(self, chosen: Callable[[float], bool]) -> OutputSamples:
-        """The rows whose timestep is `chosen`."""
-        kept = torch.tensor([chosen(float(t)) for t in self.timesteps], dtype=torch.bool)
-        return OutputSamples(*(part[kept] for part in self))
 
 
 class Call(NamedTuple):
@@ -126,8 +114,8 @@ def replay(
 
 def _spread(prompts: int, steps: int, count: int) -> set[tuple[int, int]]:
     """`count` pairs of prompt and step, evenly over the steps, the prompts in turns."""
-    places = [(2 * i + 1) * prompts * steps // (2 * count) for i in range(count)]
-    return {((place + place // prompts) % prompts, place // prompts) for place in places}
+    # Fewer than `prompts` calls in a row share a step, so taking the prompts in turns never repeats a pair.
+    return {(i % prompts, (2 * i + 1) * prompts * steps // (2 * count) // prompts) for i in range(count)}
 
 
 def _record(

@@ -7,7 +7,7 @@ does not depend on what else is in the batch. Computed in floating point: the nu
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ class AttentionGrids:
     bits: int
     softmax_bits: int
     thresholds: tuple[float, ...] = ()
-    groups: TimeGroups = TimeGroups()
+    groups: TimeGroups = field(default_factory=TimeGroups)
 
     def __post_init__(self) -> None:
         if len(self.thresholds) not in (0, self.groups.count):

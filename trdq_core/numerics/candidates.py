@@ -1,4 +1,4 @@
-"""Searched scales: a hundred candidates around the one that spans the tensor, kept by a score of the caller's (PTQ4ViT, TQ-DiT)."""
+"""Searched scales: a hundred candidates around the one that spans the tensor, kept by a score (PTQ4ViT, TQ-DiT)."""
 
 from __future__ import annotations
 
