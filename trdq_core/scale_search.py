@@ -93,7 +93,7 @@ def search_activation_range(
     inputs, weight, values = inputs.float(), weight.float(), values.float().T
     exact = inputs @ weight.T
     best, least = None, float("inf")
-    for limits in _ranges(inputs, spec):
+    for limits in input_ranges(inputs, spec):
         wrong = (quantize_inputs(inputs, spec, limits) @ values).sub_(exact).square_()
         error = float((wrong if output_weight is None else wrong.mul_(output_weight)).double().sum())
         if best is None or error < least:
@@ -108,7 +108,7 @@ def quantize_inputs(inputs: Tensor, spec: QuantSpec, limits: tuple[float, float]
     return fake_quantize(inputs, choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric), bits=spec.bits)
 
 
-def _ranges(inputs: Tensor, spec: QuantSpec) -> Iterator[tuple[float, float]]:
+def input_ranges(inputs: Tensor, spec: QuantSpec) -> Iterator[tuple[float, float]]:
     """What is tried: the range of the values themselves, and that many times as large."""
     low, high = min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))
     if spec.symmetric:

@@ -1,0 +1,108 @@
+"""Ranges of weights, group by group: min-max, percentile, least squared error, least output error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from trdq_core.errors import CalibrationError, ShapeError
+from trdq_core.numerics.affine import fake_quantize
+from trdq_core.numerics.ranges import ValueRange, minmax_range, percentile_range, searched_range
+from trdq_core.specs import QuantSpec
+
+OUTPUT_CANDIDATES = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(101))  # TQ-DiT, arXiv 2502.04056
+
+
+class Curvature:
+    """How much a change of a weight costs at the output: sum of output_weight * (inputs @ change^T)^2."""
+
+    def __init__(self, inputs: Tensor | None, output_weight: Tensor | None, layer: str) -> None:
+        if inputs is None or not len(inputs):
+            raise CalibrationError(
+                f'{layer}: range "output" chooses scales by the output error and needs sampled inputs; '
+                'calibrate the model, or use range "mse".'
+            )
+        self.inputs, self.output_weight = inputs.detach().float(), output_weight
+        if output_weight is not None:
+            output_weight = output_weight.detach().float()
+            if output_weight.dim() == 2 and len(output_weight) != len(inputs):
+                raise ShapeError(
+                    f"{layer}: output_weight has {len(output_weight)} rows for {len(inputs)} rows of inputs; give one for each."
+                )
+            self.output_weight = output_weight
+        self._moments: dict[int, Tensor] = {}
+
+    def error(self, difference: Tensor, group_size: int) -> Tensor:
+        """What a change `difference` (out, in) costs: (out, groups) float64, each group as if it changed alone."""
+        blocks = difference.float().unflatten(1, (-1, group_size)).transpose(0, 1)  # (groups, out, size)
+        weight = self.output_weight
+        if (weight is None or weight.dim() == 1) and len(self.inputs) > group_size:
+            # Without a weight of its own for each row, the inputs' second moments say the same and are smaller.
+            error = ((blocks @ self._moment(group_size)) * blocks).sum(2).T
+            return (error if weight is None else error * weight[:, None]).double()
+        change = self.inputs.unflatten(1, (-1, group_size)).transpose(0, 1) @ blocks.transpose(1, 2)
+        squares = change.square()  # (groups, rows, out)
+        return (squares if weight is None else squares * weight).sum(1).T.double()
+
+    def _moment(self, group_size: int) -> Tensor:
+        if group_size not in self._moments:
+            blocks = self.inputs.unflatten(1, (-1, group_size)).transpose(0, 1)
+            self._moments[group_size] = blocks.transpose(1, 2) @ blocks
+        return self._moments[group_size]
+
+
+def find_range(weight: Tensor, spec: QuantSpec, group_size: int, curvature: Curvature | None) -> ValueRange:
+    """The range of each row and group of `weight` (out, in) float64 as `spec` asks: (out, groups), equal in all rows for
+    granularity "tensor". `clip` multiplies it before any search."""
+    rows = weight.reshape(1, -1) if spec.granularity == "tensor" else weight.reshape(-1, group_size)
+    found = minmax_range(rows)
+    if spec.range == "percentile":
+        found = percentile_range(rows, spec.percentile, symmetric=spec.symmetric)
+    found = found.scaled(spec.clip)
+    if spec.range == "mse":
+        found = searched_range(rows, found, bits=spec.bits, symmetric=spec.symmetric)
+    shape = (len(weight), weight.shape[1] // group_size)
+    found = ValueRange(*(part.expand(len(weight), 1) if len(rows) == 1 else part.view(shape) for part in found))
+    if curvature is None:
+        return found
+
+    def rounded(ratio: float) -> Tensor:
+        qparams = found.scaled(ratio).grid(bits=spec.bits, symmetric=spec.symmetric)
+        blocks = type(qparams)(*(None if part is None else part[:, :, None] for part in qparams))
+        return fake_quantize(weight.unflatten(1, (-1, group_size)), blocks, bits=spec.bits).flatten(1)
+
+    # The published initial scale is absmax / (2^(b-1) - 1/2), a little less than the one that spans the whole range.
+    half = 2 ** (spec.bits - 1)
+    first = (half - 1) / (half - 0.5) if spec.symmetric else 1.0
+    ratios = (1.0, *(first * candidate for candidate in OUTPUT_CANDIDATES))
+    pooled = spec.granularity == "tensor"
+    return found.scaled(output_ratio(weight, rounded, ratios, curvature, group_size, pooled=pooled))
+
+
+def output_ratio(
+    weight: Tensor,
+    rounded: Callable[[float], Tensor],
+    ratios: Sequence[float],
+    curvature: Curvature,
+    group_size: int,
+    *,
+    pooled: bool = False,
+) -> Tensor:
+    """The ratio with the least output error for each row and group (out, groups); one for all rows where `pooled`.
+
+    `rounded` gives the weight (out, in) as a grid scaled by the ratio would have it.
+    """
+    best = best_error = None
+    for ratio in ratios:
+        error = curvature.error(rounded(ratio) - weight, group_size)
+        if pooled:
+            error = error.sum().expand_as(error)
+        if best is None or best_error is None:
+            best, best_error = torch.full_like(error, ratio), error
+            continue
+        best = torch.where(error < best_error, ratio, best)
+        best_error = torch.minimum(error, best_error)
+    assert best is not None
+    return best
