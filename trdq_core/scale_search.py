@@ -1,0 +1,121 @@
+"""Weight and activation scales found in turns, each for the least output error (PTQ4ViT; TQ-DiT, arXiv 2502.04056).
+
+The error of rows x is sum(weight * (Q_A(x) Q_W(W)^T - x W^T)^2); the weight says how much each output matters, and is
+`second_order.output_weights`, or nothing for the plain squared error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trdq_core.errors import CalibrationError
+from trdq_core.numerics.affine import choose_qparams, fake_quantize
+from trdq_core.numerics.candidates import FACTORS, ROUNDS, scale_candidates
+from trdq_core.specs import QuantSpec
+from trdq_core.weights.grids import WeightGrid, fit_grid
+
+
+class OutputSamples(NamedTuple):
+    """Rows of one linear's input, and how much the prediction depends on its outputs at the same tokens."""
+
+    inputs: Tensor  # (rows, in) fp16
+    weight: Tensor  # (rows, out) fp32, E[g^2] over the probes
+    timesteps: Tensor  # (rows,) fp32
+
+
+class SearchedScales(NamedTuple):
+    """What `search_scales` found: the grid of each weight, and the range of the input they share."""
+
+    grids: dict[str, WeightGrid]
+    range: tuple[float, float]
+
+
+def search_scales(
+    inputs: Tensor,
+    weights: Mapping[str, Tensor],
+    weight_spec: QuantSpec,
+    activation_spec: QuantSpec,
+    output_weights: Mapping[str, Tensor] | None = None,
+) -> SearchedScales:
+    """Grids of all linears that read `inputs` (rows, in) of T(x), and its static range: three rounds of turns at most.
+
+    `weights` (out, in) and `output_weights` (rows, out) go by the linear's name. A turn is taken for those whose spec has
+    range "output"; others keep the range of their spec.
+    """
+    names = list(weights)
+    stacked = torch.cat([weights[name] for name in names])
+    importance = None if output_weights is None else torch.cat([output_weights[name] for name in names], 1)
+    limits = (float(inputs.min()), float(inputs.max()))
+
+    def fit(seen: Tensor) -> dict[str, WeightGrid]:
+        return {
+            name: fit_grid(
+                weights[name],
+                weight_spec,
+                layer=name,
+                inputs=seen,
+                output_weight=None if output_weights is None else output_weights[name],
+            )
+            for name in names
+        }
+
+    grids, values = {}, None
+    for _ in range(ROUNDS):
+        before = limits, values
+        grids = fit(quantize_inputs(inputs, activation_spec, limits))
+        values = torch.cat([grids[name].nearest(weights[name]) for name in names])
+        if activation_spec.range == "output":
+            limits = search_activation_range(inputs, stacked, values, activation_spec, importance)
+        if limits == before[0] or weight_spec.range != "output":
+            break  # the other side would see the same operand again
+    return SearchedScales(grids, limits)
+
+
+def search_activation_range(
+    inputs: Tensor,
+    weight: Tensor,
+    values: Tensor,
+    spec: QuantSpec,
+    output_weight: Tensor | None = None,
+) -> tuple[float, float]:
+    """The static range (low, high) of `inputs` (rows, in) with the least output error, min-max among those tried.
+
+    `weight` (out, in) is the exact one, `values` (out, in) what its grid makes of it, `output_weight` (rows, out).
+    """
+    if not inputs.numel() or not torch.isfinite(inputs).all():
+        raise CalibrationError(
+            "activation range: the sampled inputs are missing or not finite; calibrate the model again."
+        )
+    inputs, weight, values = inputs.float(), weight.float(), values.float().T
+    exact = inputs @ weight.T
+    best, least = None, float("inf")
+    for limits in input_ranges(inputs, spec):
+        wrong = (quantize_inputs(inputs, spec, limits) @ values).sub_(exact).square_()
+        error = float((wrong if output_weight is None else wrong.mul_(output_weight)).double().sum())
+        if best is None or error < least:
+            best, least = limits, error
+    assert best is not None  # there are always candidates
+    return best
+
+
+def quantize_inputs(inputs: Tensor, spec: QuantSpec, limits: tuple[float, float]) -> Tensor:
+    """`inputs` on the static grid of `spec` over a range."""
+    low, high = (torch.tensor(limit) for limit in limits)
+    return fake_quantize(inputs, choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric), bits=spec.bits)
+
+
+def input_ranges(inputs: Tensor, spec: QuantSpec) -> Iterator[tuple[float, float]]:
+    """What is tried: the range of the values themselves, and that many times as large."""
+    low, high = min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))
+    if spec.symmetric:
+        absmax = torch.tensor(max(-low, high))
+        for scale in scale_candidates(absmax, spec.bits):
+            limit = float(scale) * (2 ** (spec.bits - 1) - 1)
+            yield -limit, limit
+        return
+    for factor in (1.0, *FACTORS):
+        yield low * factor, high * factor
