@@ -72,7 +72,7 @@ def price(specs: Sequence[TransformSpec], channels: int, out_features: int, *, l
     if any(spec.kind == "adaptive_rotation" for spec in specs):
         calm, rough = (price(_chosen(specs, calm=calm), channels, out_features, layer=layer) for calm in (True, False))
         return TransformPrice(max(calm.nbytes, rough.nbytes), f"{calm.words} or {rough.words}")
-    total, words = 0, []
+    total, words, signed = 0, [], False
     for spec, block in zip(specs, step_blocks(specs, channels, out_features, layer=layer), strict=True):
         if spec.kind == "smooth":
             total, words = total + 4 * channels, [*words, "scale"]
@@ -81,9 +81,13 @@ def price(specs: Sequence[TransformSpec], channels: int, out_features: int, *, l
         elif spec.kind == "greedy_rotation":
             total, words = total + 2 * block * block, [*words, f"R{block}"]
         else:
-            words = [*words, *(["signs"] if spec.random_signs else []), f"H{block}"]
-    if words and "signs" in words and not any(word == "scale" or word.startswith("R") for word in words):
-        total += 4 * channels  # signs stand in the scale, or in a rotation before the Hadamard
+            # Random signs stand in the scale, or in the rotation before the Hadamard where there is one.
+            signed = spec.random_signs and not any(word.startswith("R") for word in words)
+            words.append(f"H{block}")
+    if signed and "scale" not in words:
+        total += 4 * channels
+    if signed:
+        words.insert(1 if words[0] == "scale" else 0, "signs")
     return TransformPrice(total, ", ".join(words) or "none")
 
 
