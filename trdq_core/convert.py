@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trdq_core.attention_products import QuantizedProducts
 from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
-from trdq_core.fitting import Curvature, FittedInput, fit_input
+from trdq_core.fitting import FittedInput, fit_input
 from trdq_core.kernels import dispatch
 from trdq_core.nn.input_grid import Range
 from trdq_core.nn.input_quantizer import InputQuantizer
@@ -21,6 +22,7 @@ from trdq_core.nn.modules import module_bytes, replace_module, share_copy
 from trdq_core.nn.switched import SwitchedSets, set_buffers, write_sets
 from trdq_core.passes import NO_PASSES, ModelPasses, RangeRequest
 from trdq_core.plan import InputGroup, LayerInfo, group_inputs
+from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -38,7 +40,7 @@ class Conversion:
     switched: SwitchedSets | None = None
     sharing: Sharing | None = None
     packed_bytes: int = 0  # of a file with tightly packed codes; all sets
-    attention: dict[str, Any] | None = None  # facts of quantized attention products
+    attention: QuantizedProducts | None = None
     reconstruction: dict[str, Any] | None = None
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
@@ -80,7 +82,7 @@ class Conversion:
             ],
             "chains": _chains(self.fitted),
             **({"sharing": self.sharing.facts()} if self.sharing is not None else {}),
-            **({"attention": self.attention} if self.attention is not None else {}),
+            **({"attention": self.attention.facts()} if self.attention is not None else {}),
             **({"reconstruction": self.reconstruction} if self.reconstruction is not None else {}),
         }
 
@@ -135,7 +137,7 @@ def convert(
         )
         fits.append(fitted)
         progress.advance(group.layers[0].name)
-    ranges = static_ranges(fits, groups, statistics, passes, curvature)
+    ranges = static_ranges(fits, groups, statistics, passes)
     if recipe.reconstruction is not None:
         fits, conversion.reconstruction = passes.reconstructed(fits, ranges, recipe)
     while fits:  # emptied as it goes, so that packed and unpacked integers are not held together
@@ -171,7 +173,6 @@ def static_ranges(
     groups: TimeGroups,
     statistics: Statistics,
     passes: ModelPasses,
-    curvature: Mapping[str, Curvature],
 ) -> dict[str, tuple[Range, ...]]:
     """Low and high of every static input, by the linear that owns it: one pair for each set or time group.
 
@@ -188,11 +189,11 @@ def static_ranges(
     found = dict(passes.observed_ranges(observed, groups)) if observed else {}
     for name, request in requests.items():
         if name not in found:
-            found[name] = request.from_rows(groups, statistics, curvature)
+            found[name] = request.from_rows(groups, statistics)
     return found
 
 
-def _curvature(inputs: Sequence[InputGroup], passes: ModelPasses) -> dict[str, Curvature]:
+def _curvature(inputs: Sequence[InputGroup], passes: ModelPasses) -> dict[str, OutputSamples]:
     """Output weights of the linears whose grids are searched with them; nothing if there are none."""
     wanted = [
         layer

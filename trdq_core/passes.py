@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from trdq_core.attention_products import QuantizedProducts
 from trdq_core.errors import CalibrationError
-from trdq_core.fitting import Curvature, FittedInput
+from trdq_core.fitting import FittedInput
 from trdq_core.nn.input_grid import Range, range_of
 from trdq_core.plan import LayerInfo
+from trdq_core.scale_search import OutputSamples
 from trdq_core.specs import AttentionSpec, QuantSpec, Recipe
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -25,16 +27,17 @@ class RangeRequest(NamedTuple):
     spec: QuantSpec
     count: int
 
-    def from_rows(
-        self, groups: TimeGroups, statistics: Statistics, curvature: Mapping[str, Curvature]
-    ) -> tuple[Range, ...]:
-        """Ranges searched on the sampled rows of each set's timesteps, behind its transform."""
+    def from_rows(self, groups: TimeGroups, statistics: Statistics) -> tuple[Range, ...]:
+        """Ranges searched on the sampled rows of each set's timesteps, behind its transform; or found with the weights."""
         layer = statistics.layer(self.fitted.group.statistics_name)
         found = []
         for index in range(self.count):
             steps = statistics.steps_of(groups, index) if self.count > 1 else range(len(statistics.timesteps))
             sets = self.fitted.distinct
             one = sets[index if len(sets) > 1 else 0]
+            if one.range is not None:
+                found.append(one.range)
+                continue
             found.append(range_of(one.transform.apply(layer.rows_at(steps)), self.spec))
         return tuple(found)
 
@@ -43,11 +46,11 @@ class ModelPasses(NamedTuple):
     """The passes that are at hand. A recipe that needs one which is not there is refused by its name."""
 
     ranges: Callable[[Mapping[str, RangeRequest], TimeGroups], Ranges] | None = None
-    curvature: Callable[[Sequence[LayerInfo]], Mapping[str, Curvature]] | None = None
+    curvature: Callable[[Sequence[LayerInfo]], Mapping[str, OutputSamples]] | None = None
     reconstruction: (
         Callable[[Sequence[FittedInput], Ranges, Recipe], tuple[list[FittedInput], dict[str, Any]]] | None
     ) = None
-    attention: Callable[[nn.Module, AttentionSpec, TimeGroups, TimeContext], dict[str, Any]] | None = None
+    attention: Callable[[nn.Module, AttentionSpec, TimeGroups, TimeContext], QuantizedProducts] | None = None
 
     def observed_ranges(self, requests: Mapping[str, RangeRequest], groups: TimeGroups) -> Ranges:
         """The ranges that every value of the calibration falls into."""
@@ -55,7 +58,7 @@ class ModelPasses(NamedTuple):
             raise _missing(next(iter(requests)), "static activation ranges need a second calibration pass", "ranges")
         return self.ranges(requests, groups)
 
-    def measured_curvature(self, layers: Sequence[LayerInfo]) -> Mapping[str, Curvature]:
+    def measured_curvature(self, layers: Sequence[LayerInfo]) -> Mapping[str, OutputSamples]:
         """How much the model's output curves in the outputs of `layers`."""
         if self.curvature is None:
             raise _missing(layers[0].name, 'range "output" needs a pass with gradients', "curvature")
@@ -71,8 +74,8 @@ class ModelPasses(NamedTuple):
 
     def quantized_attention(
         self, denoiser: nn.Module, spec: AttentionSpec, groups: TimeGroups, time: TimeContext
-    ) -> dict[str, Any]:
-        """Put quantized attention products into `denoiser`; facts for the report."""
+    ) -> QuantizedProducts:
+        """Put quantized attention products into `denoiser`."""
         if self.attention is None:
             raise _missing(
                 "attention", "quantized attention products need a calibration pass of their own", "attention"

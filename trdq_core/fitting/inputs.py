@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError
-from trdq_core.fitting.one_set import Curvature, FittedSet, Rows, fit_chain, fit_set, output_error
+from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, output_error
 from trdq_core.nn.input_grid import InputGrid, Range
 from trdq_core.plan import InputGroup
+from trdq_core.scale_search import OutputSamples
 from trdq_core.specs import TransformSpec
 from trdq_core.statistics import LayerStatistics
 from trdq_core.transforms.base import InputTransform, aligned
@@ -68,7 +69,7 @@ def fit_input(
     *,
     do_no_harm: bool = True,
     seed: int = 0,
-    curvature: Mapping[str, Curvature] | None = None,
+    curvature: Mapping[str, OutputSamples] | None = None,
 ) -> FittedInput:
     """Fit every set of one input. `weights` are (out, in) by layer name, `steps_of_sets` the timestep indices of each set.
 
@@ -113,7 +114,7 @@ def _fit_chain(
     statistics: LayerStatistics,
     steps_of_sets: Sequence[Sequence[int]],
     rows: Sequence[Rows],
-    curvature: Mapping[str, Curvature],
+    curvature: Mapping[str, OutputSamples],
     seed: int,
 ) -> tuple[FittedSet, ...]:
     """All sets with one chain. Without transforms the weights do not depend on time, so they are fitted once."""

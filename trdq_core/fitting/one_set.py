@@ -9,23 +9,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from trdq_core.nn.input_grid import InputGrid, range_of
+from trdq_core.nn.input_grid import InputGrid, Range, range_of
 from trdq_core.plan import InputGroup
+from trdq_core.scale_search import OutputSamples, search_scales
 from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.fit import fit_transform
+from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 SEARCH_ROWS = 128  # rows that a search scores its candidates on
-
-
-class Curvature(NamedTuple):
-    """How much the loss curves in a linear's outputs: inputs (rows, in) and weights (rows, out), for range "output"."""
-
-    inputs: Tensor
-    outputs: Tensor
 
 
 class Rows(NamedTuple):
@@ -44,6 +39,8 @@ class FittedSet(NamedTuple):
     clip: float = 1.0
     low_rank_down: Tensor | None = None  # (rank, in)
     low_rank_up: dict[str, Tensor] = {}  # (out, rank) of each linear  # noqa: RUF012 - never written to
+    range: Range | None = None  # of a static input, where it was searched together with the weights
+    grids: dict[str, WeightGrid] = {}  # noqa: RUF012 - kept where the rounding is still to be learnt
 
 
 def fit_chain(
@@ -73,7 +70,7 @@ def fit_set(
     transform: InputTransform,
     weights: Mapping[str, Tensor],
     rows: Rows,
-    curvature: Mapping[str, Curvature],
+    curvature: Mapping[str, OutputSamples],
     seed: int,
 ) -> FittedSet:
     """The weights of one set behind its transform, with their low-rank branch, and the clip of the input."""
@@ -97,7 +94,7 @@ def input_grid(spec: QuantSpec | None, fitted: FittedSet, rows: Tensor) -> Input
     """The grid of one set's input; a static one spans `rows` until the second pass has seen everything."""
     if spec is None or spec.dynamic:
         return InputGrid(spec, clips=(fitted.clip,))
-    return InputGrid(spec, ranges=(range_of(fitted.transform.apply(rows), spec),))
+    return InputGrid(spec, ranges=(fitted.range or range_of(fitted.transform.apply(rows), spec),))
 
 
 def _fit_weights(
@@ -105,26 +102,56 @@ def _fit_weights(
     transform: InputTransform,
     weights: Mapping[str, Tensor],
     rows: Rows,
-    curvature: Mapping[str, Curvature],
+    curvature: Mapping[str, OutputSamples],
     seed: int,
 ) -> FittedSet:
     rule = group.rule
     assert rule.weight is not None  # groups only hold quantized layers
     transformed = {name: transform.apply_to_weight(weight) for name, weight in weights.items()}
-    needs_rows = rule.rounding == "gptq" or rule.weight.range == "output" or rule.low_rank is not None
-    inputs = transform.apply(rows.many) if needs_rows else None
+    if rule.weight.range == "output" or (rule.activation is not None and rule.activation.range == "output"):
+        return _searched_by_output(group, transform, transformed, curvature)
+    inputs = transform.apply(rows.many) if rule.rounding == "gptq" or rule.low_rank is not None else None
     if rule.low_rank is not None:
         return _with_low_rank(group, rule.low_rank, transform, transformed, inputs, seed)
-    fitted = {}
-    for name, weight in transformed.items():
-        known = curvature.get(name)
-        if known is not None:
-            inputs = transform.apply(known.inputs.float())
-        fitted[name] = quantize_weight(
-            weight, rule.weight, layer=name, rounding=rule.rounding, inputs=inputs,
-            output_weight=None if known is None else known.outputs,
-        )  # fmt: skip
-    return FittedSet(transform, fitted)
+    fitted = {
+        name: quantize_weight(weight, rule.weight, layer=name, rounding=rule.rounding, inputs=inputs)
+        for name, weight in transformed.items()
+    }
+    if rule.rounding != "adaround":
+        return FittedSet(transform, fitted)
+    grids = {name: fit_grid(weight, rule.weight, layer=name) for name, weight in transformed.items()}
+    return FittedSet(transform, fitted, grids=grids)
+
+
+def _searched_by_output(
+    group: InputGroup,
+    transform: InputTransform,
+    transformed: Mapping[str, Tensor],
+    curvature: Mapping[str, OutputSamples],
+) -> FittedSet:
+    """Scales of weights and input searched in turns for the least output error, weighted with the curvature (TQ-DiT)."""
+    weight, activation = group.rule.weight, group.rule.activation
+    assert weight is not None  # groups only hold quantized layers
+    samples = [curvature[name] for name in transformed]
+    inputs = transform.apply(samples[0].inputs.float())
+    importance = {name: each.weight for name, each in zip(transformed, samples, strict=True)}
+    if activation is None or activation.dynamic or activation.grid != "uniform":
+        limits = None
+        seen = inputs if activation is None else _first_grid(activation, inputs).round(inputs)
+        grids = {
+            name: fit_grid(each, weight, layer=name, inputs=seen, output_weight=importance[name])
+            for name, each in transformed.items()
+        }
+    else:
+        found = search_scales(inputs, transformed, weight, activation, importance)
+        grids, limits = found.grids, found.range
+    fitted = {name: grids[name].encode(grids[name].nearest(each.double())) for name, each in transformed.items()}
+    return FittedSet(transform, fitted, range=limits)
+
+
+def _first_grid(spec: QuantSpec, inputs: Tensor) -> InputGrid:
+    """The input's grid before anything but its own values is known."""
+    return InputGrid(spec, (spec.clip,)) if spec.dynamic else InputGrid(spec, ranges=(range_of(inputs, spec),))
 
 
 def _with_low_rank(

@@ -11,6 +11,7 @@ from torch import Tensor
 from trdq_core.kernels.types import StaticGrid
 from trdq_core.numerics.affine import QParams, choose_qparams, fake_quantize, fake_quantize_groups, fake_quantize_tokens
 from trdq_core.numerics.ranges import static_range
+from trdq_core.numerics.twin_region import SignGrid
 from trdq_core.specs import QuantSpec
 
 Range = tuple[float, float]
@@ -47,17 +48,19 @@ class InputGrid(NamedTuple):
             return fake_quantize_tokens(x, bits=bits, symmetric=symmetric, clip=clip)
         low, high = self.ranges[index if len(self.ranges) > 1 else 0]
         if self.spec.grid == "twin_region":
-            from trdq_core.numerics.twin_region import TwinRegionActivation
-
-            return TwinRegionActivation.from_range(low, high, bits).fake_quantize(x)
+            half = 2 ** (bits - 1)
+            return SignGrid(-low / half, high / (half - 1), bits).fake_quantize(x)
         return fake_quantize(x, static_qparams(low, high, bits=bits, symmetric=symmetric), bits=bits)
 
 
 def range_of(rows: Tensor, spec: QuantSpec) -> Range:
-    """Low and high of a static grid, searched on sampled rows (rows, channels) as `spec` says.
+    """Low and high of a static grid, searched on sampled rows (rows, channels) as `spec` says; of two regions each its own end.
 
     Range "output" begins here like "mse"; what weighs it by the output is `second_order`.
     """
+    if spec.grid == "twin_region":
+        half, grid = 2 ** (spec.bits - 1), SignGrid.fit(rows, spec.bits)
+        return -grid.negative_step * half, grid.positive_step * (half - 1)
     return static_range(
         rows,
         bits=spec.bits,

@@ -16,7 +16,7 @@ PACKED_FIELDS = {
     "qweight": "data", "weight_scale": "scale", "weight_zero_point": "zero_point", "column_sum": "column_sum",
     "group_scale": "group_scale",
 }  # fmt: skip
-CODED_FIELDS = ("weight_scale", "weight_zero_point", "group_scale", "parameters")
+CODED_FIELDS = ("weight_scale", "weight_zero_point", "group_scale", "code_parameters")
 
 
 def storage_bits(bits: int) -> int:
@@ -52,7 +52,7 @@ def coded_buffers(weights: Sequence[Weight]) -> dict[str, Tensor | None]:
             "group_scale": [weight.group_scale for weight in weights],
         }
     else:
-        codes, parts = [weight.codes for weight in weights], {"parameters": [weight.parameters for weight in weights]}
+        codes, parts = [weight.codes for weight in weights], {"code_parameters": [weight.parameters for weight in weights]}
     packed = torch.stack([pack_bits(code.reshape(-1), first.bits) for code in codes])
     return {"codes": packed, **{name: _stack(part) for name, part in parts.items()}}
 
@@ -63,7 +63,7 @@ def dense_weight(buffers: Mapping[str, Tensor | None], index: int, like: Weight)
     shape = like.values.shape if isinstance(like, QuantizedWeight) else like.codes.shape
     codes = unpack_bits(part["codes"], like.bits, shape[0] * shape[1]).view(shape)
     if isinstance(like, CodedWeight):
-        weight: Weight = like._replace(codes=codes, parameters=part["parameters"])
+        weight: Weight = like._replace(codes=codes, parameters=part["code_parameters"])
     else:
         values = (codes.to(torch.int16) - 2 ** (like.bits - 1)).to(torch.int8)
         weight = like._replace(
