@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from trdq_core.numerics.affine import choose_qparams, fake_quantize, fake_quantize_tokens, quantize
+from trdq_core.errors import ShapeError
+from trdq_core.numerics.affine import (
+    choose_qparams,
+    fake_quantize,
+    fake_quantize_groups,
+    fake_quantize_tokens,
+    quantize,
+)
 
 BITS = (4, 6, 8)
 
@@ -91,3 +98,35 @@ def test_integers_lie_in_the_stated_ranges() -> None:
         qparams = choose_qparams(x.min() / 2, x.max() / 2, bits=4, symmetric=symmetric)
         values = quantize(x, qparams, bits=4)
         assert (values.min(), values.max()) == (low, high)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_groups_are_tokens_of_their_own(symmetric: bool) -> None:
+    x = torch.randn(3, 5, 64, generator=torch.Generator().manual_seed(9))
+    x[..., :16] *= 20
+    rounded = fake_quantize_groups(x, bits=4, symmetric=symmetric, group_size=16)
+    assert rounded.shape == x.shape
+    alone = fake_quantize_tokens(x[..., 16:32], bits=4, symmetric=symmetric)
+    assert torch.equal(rounded[..., 16:32], alone)
+    whole = fake_quantize_tokens(x, bits=4, symmetric=symmetric)
+    assert (rounded - x).square().sum() < 0.5 * (whole - x).square().sum()
+
+
+def test_invariant_23_groups_do_not_depend_on_their_batch() -> None:
+    x = torch.randn(6, 10, 32, generator=torch.Generator().manual_seed(7))
+    together = fake_quantize_groups(x, bits=4, symmetric=False, group_size=8)
+    alone = torch.stack([fake_quantize_groups(item, bits=4, symmetric=False, group_size=8) for item in x])
+    assert torch.equal(together, alone)
+
+
+def test_clip_shortens_live_ranges() -> None:
+    x = torch.tensor([[-1.0, 0.5, 1.0]])
+    rounded = fake_quantize_tokens(x, bits=4, symmetric=True, clip=0.9)
+    assert torch.allclose(rounded[0, ::2], torch.tensor([-0.9, 0.9]))
+    grouped = fake_quantize_groups(x, bits=4, symmetric=True, group_size=3, clip=0.9)
+    assert torch.equal(rounded, grouped)
+
+
+def test_a_group_size_that_does_not_divide_the_channels_is_one_sentence() -> None:
+    with pytest.raises(ShapeError, match="activation: group_size=10 does not divide its 32 channels"):
+        fake_quantize_groups(torch.zeros(2, 32), bits=4, symmetric=True, group_size=10)

@@ -152,7 +152,9 @@ def fit_grid(
     """
     weight = weight.detach().double()
     size = _group_size(weight, spec, layer)
-    curvature = Curvature(inputs, output_weight, layer) if spec.range == "output" else None
+    curvature = None
+    if spec.range == "output":
+        curvature = Curvature(inputs, output_weight, (weight.shape[0], weight.shape[1]), layer)
     if spec.grid == "twin_log":
         return _twin_log(weight, spec, curvature)
     found = find_range(weight, spec, size, curvature)

@@ -18,20 +18,27 @@ OUTPUT_CANDIDATES = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(101))  # 
 class Curvature:
     """How much a change of a weight costs at the output: sum of output_weight * (inputs @ change^T)^2."""
 
-    def __init__(self, inputs: Tensor | None, output_weight: Tensor | None, layer: str) -> None:
+    def __init__(self, inputs: Tensor | None, output_weight: Tensor | None, shape: tuple[int, int], layer: str) -> None:
+        """`inputs` (rows, in) and `output_weight` (rows, out) or (out,) for a weight of `shape`; errors name `layer`."""
         if inputs is None or not len(inputs):
             raise CalibrationError(
                 f'{layer}: range "output" chooses scales by the output error and needs sampled inputs; '
                 'calibrate the model, or use range "mse".'
             )
-        self.inputs, self.output_weight = inputs.detach().float(), output_weight
-        if output_weight is not None:
-            output_weight = output_weight.detach().float()
-            if output_weight.dim() == 2 and len(output_weight) != len(inputs):
-                raise ShapeError(
-                    f"{layer}: output_weight has {len(output_weight)} rows for {len(inputs)} rows of inputs; give one for each."
-                )
-            self.output_weight = output_weight
+        out_features, in_features = shape
+        if inputs.dim() != 2 or inputs.shape[1] != in_features:
+            raise ShapeError(
+                f'{layer}: got inputs of shape {tuple(inputs.shape)}; range "output" needs (rows, {in_features}), '
+                "the layer's width."
+            )
+        allowed = ((out_features,), (len(inputs), out_features))
+        if output_weight is not None and tuple(output_weight.shape) not in allowed:
+            raise ShapeError(
+                f"{layer}: got output_weight of shape {tuple(output_weight.shape)}; give {allowed[0]} or {allowed[1]}, "
+                "one for each output or for each row and output."
+            )
+        self.inputs = inputs.detach().float()
+        self.output_weight = None if output_weight is None else output_weight.detach().float()
         self._moments: dict[int, Tensor] = {}
 
     def error(self, difference: Tensor, group_size: int) -> Tensor:
