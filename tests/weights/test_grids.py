@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -23,9 +25,14 @@ GRIDS = {
 RANGES = ("minmax", "mse", "percentile", "output")
 
 
-def weight(rows: int = 24, columns: int = 128) -> torch.Tensor:
+@cache
+def heavy_tails() -> torch.Tensor:
     torch.manual_seed(0)
-    return torch.distributions.StudentT(4.0).sample((rows, columns)) * 0.02
+    return torch.distributions.StudentT(4.0).sample((24, 128)) * 0.02
+
+
+def weight() -> torch.Tensor:
+    return heavy_tails().clone()
 
 
 def inputs(rows: int = 64, columns: int = 128) -> torch.Tensor:
@@ -159,6 +166,19 @@ def test_columns_can_be_rounded_one_at_a_time(name: str) -> None:
     whole = grid.nearest(values)
     assert torch.equal(torch.cat([grid.nearest(values[:, i : i + 1], i) for i in range(128)], 1), whole)
     assert torch.equal(grid.nearest(values[:, 40:100], 40), whole[:, 40:100])
+
+
+@pytest.mark.parametrize("name", GRIDS)
+def test_beyond_the_ends_both_neighbours_are_the_end(name: str) -> None:
+    values = weight()
+    grid = fit_grid(values, QuantSpec(bits=3, clip=0.5, **GRIDS[name]))
+    ends = [grid.nearest(torch.full_like(values, far)) for far in (-1e3, 1e3)]
+    for far, end in zip((-1e3, 1e3), ends, strict=True):
+        below, above = grid.neighbours(torch.full_like(values, far))
+        assert torch.equal(below, end)
+        assert torch.equal(above, end)
+    assert (ends[0] <= 0).all()
+    assert (ends[1] > ends[0]).all()
 
 
 def test_clip_and_percentile_shorten_the_range() -> None:
