@@ -89,16 +89,15 @@ def fit_low_rank(
 
     down = torch.zeros(low_rank.rank, stacked.shape[1], device=stacked.device)
     without = fitted(down, [torch.zeros(n, low_rank.rank, device=stacked.device) for n in outs], 0, "nearest")
-    candidates, target = [without], stacked
+    kept, target = None, stacked
     for iteration in range(1, low_rank.iterations + 1):
         exact_down, exact_up = low_rank_factors(target, low_rank.rank, seed=seed)
         # The residual is taken from the factors as they are stored, so their rounding is made up for as well.
         found = fitted(exact_down.float(), exact_up.float().split(outs), iteration, "nearest")
-        grown = iteration > 1 and found.error > candidates[-1].error
-        candidates = [without, min(candidates[1:] + [found], key=lambda fit: fit.error)]
-        if grown:
+        if kept is not None and found.error > kept.error:
             break
-        target = stacked - torch.cat([dequantize_weight(residual) for residual in found.weights])
+        kept, target = found, stacked - torch.cat([dequantize_weight(residual) for residual in found.weights])
+    candidates = [without] if kept is None else [without, kept]
     if rounding == "gptq":
         candidates = [fitted(fit.down, fit.ups, fit.iteration, rounding) for fit in candidates]
     return min(candidates, key=lambda fit: fit.error)._replace(error_without=candidates[0].error)
