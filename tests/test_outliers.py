@@ -90,7 +90,7 @@ class Bed:
         self.statistics: Statistics = calibrate(
             self.model, ["red apple", "tiger"], steps=STEPS, guidance=GUIDANCE, seed=0
         )
-        self._references = [self.latents(self.model.denoiser, seed) for seed in range(3)]
+        self._references = [self.latents(self.model.denoiser, seed) for seed in range(2)]
 
     def convert(self, recipe: Recipe, folder: Path) -> Conversion:
         """The model quantized by `recipe`, without the do-no-harm check."""
@@ -105,14 +105,14 @@ class Bed:
         )
 
     def latents(self, denoiser: torch.nn.Module, seed: int) -> Tensor:
-        """Latents of all steps (steps, 1, 4, 8, 8) of one of three other prompts."""
+        """Latents of all steps (steps, 1, 4, 8, 8) of one of two other prompts."""
         with self.model.using(denoiser):
-            conditioning = self.model.encode([("frog", "cat", "sun")[seed]])[0]
+            conditioning = self.model.encode([("frog", "cat")[seed]])[0]
             return torch.stack(sample(self.model, conditioning, seed, steps=STEPS, guidance=GUIDANCE).latents)
 
     def error(self, conversion: Conversion) -> float:
-        """Squared error of three trajectories over their squared size."""
-        got = torch.stack([self.latents(conversion.denoiser, seed) for seed in range(3)])
+        """Squared error of two trajectories over their squared size."""
+        got = torch.stack([self.latents(conversion.denoiser, seed) for seed in range(2)])
         reference = torch.stack(self._references)
         return float((got - reference).square().sum() / reference.square().sum())
 
@@ -143,15 +143,16 @@ def test_each_remedy_lowers_the_error_of_the_trajectory(outlier_bed: Bed, tmp_pa
     assert errors[2] < 0.3 * errors[1], "smoothing is what this model's outliers ask for"
 
 
-@pytest.mark.parametrize("kind", ["uniform", "dp"])
-def test_static_ranges_for_each_time_group_cost_less_than_one_range(
-    outlier_bed: Bed, tmp_path: Path, kind: str
-) -> None:
+def test_static_ranges_for_each_time_group_cost_less_than_one_range(outlier_bed: Bed, tmp_path: Path) -> None:
     one = make_recipe("rtn-static", weight_bits=8, activation_bits=8)
-    edges = outlier_bed.statistics.groups(TimeGroupSpec(kind=kind, count=5)).edges
-    several = dataclasses.replace(one, time=TimeGroupSpec(kind="edges", edges=edges), storage="resident")
-    errors = [outlier_bed.error(outlier_bed.convert(recipe, tmp_path)) for recipe in (several, one)]
-    assert errors[0] <= errors[1]
+    rule = dataclasses.replace(one.rules[0], roles=("self_q", "mlp_in"))  # what the modulation writes
+    errors = []
+    for spec in (TimeGroupSpec(), TimeGroupSpec(count=5), TimeGroupSpec(kind="dp", count=5)):
+        edges = outlier_bed.statistics.groups(spec).edges
+        time = TimeGroupSpec(kind="edges", edges=edges) if edges else spec
+        recipe = dataclasses.replace(one, rules=(rule,), time=time, storage="resident")
+        errors.append(outlier_bed.error(outlier_bed.convert(recipe, tmp_path)))
+    assert max(errors[1:]) <= errors[0]
 
 
 @pytest.mark.filterwarnings("ignore:timestep .* lies outside the calibrated range")
