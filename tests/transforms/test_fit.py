@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trdq_core.errors import RecipeError, ShapeError
+from trdq_core.kernels import dispatch
+from trdq_core.kernels.types import InputStages
 from trdq_core.numerics.affine import fake_quantize_tokens
 from trdq_core.presets import METHODS, make_recipe
 from trdq_core.specs import TransformSpec
@@ -132,6 +134,18 @@ def test_random_signs_need_no_kernel_of_their_own() -> None:
     assert 0.3 < float((signed.inverse_scale < 0).float().mean()) < 0.7
     assert torch.equal(fit("signs alone", x, weight).inverse_scale.abs(), torch.ones(256))
     assert fit("signs and scale", x, weight, seed=1).inverse_scale.sign().ne(signed.inverse_scale.sign()).any()
+
+
+def test_random_signs_run_in_the_kernels_as_they_are() -> None:
+    x, weight = bed()
+    fitted = fit("serpentine and signs", x, weight)
+    stages = InputStages(*fitted)
+    backends = (dispatch.select_backend(torch.device("cpu")), "reference")
+    fast, slow = (dispatch.quantize_activation(x, stages, 8, False, None, backend=backend) for backend in backends)
+    expected = fitted.apply(x)
+    for result in (fast, slow):
+        values = (result.values.float() - result.zero_point[:, None]) * result.scale[:, None]
+        assert (values - expected).abs().max() <= 0.51 * result.scale.max()
 
 
 def test_a_searched_scale_is_no_worse_than_any_candidate() -> None:

@@ -65,6 +65,7 @@ def test_options_of_an_adaptive_rotation_reach_its_choice() -> None:
         ((TransformSpec(kind="serpentine", block=64), HADAMARD), 512, [64, 128]),
         ((SERPENTINE, HADAMARD), 2240, [64, 64]),
         ((GREEDY, SERPENTINE, GREEDY), 1152, [128, 128, 128]),
+        ((GREEDY, SERPENTINE, HADAMARD, GREEDY), 128, [32, 128, 128, 32]),  # only dense ones are kept small
         ((SERPENTINE,), 48, [16]),
     ],
 )

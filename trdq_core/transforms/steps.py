@@ -12,6 +12,7 @@ from trdq_core.errors import ShapeError
 from trdq_core.specs import TransformSpec
 from trdq_core.transforms.rotation import choose_block
 
+ROTATIONS = ("greedy_rotation", "hadamard")
 HADAMARD_BLOCKS = (32, 64, 128, 256)  # what the kernels run
 
 
@@ -43,21 +44,20 @@ def resolve_adaptive(specs: Sequence[TransformSpec], rows: Tensor) -> tuple[Tran
 def step_blocks(specs: Sequence[TransformSpec], channels: int, out_features: int, *, layer: str = "input") -> list[int]:
     """The block size of every step, 0 for smoothing; `out_features` are those of all linears that read the input.
 
-    Dense rotations are as large as their bytes and work allow, a Hadamard without one takes 128 or the largest power of two
-    below that divides the width; `block` in a step overrides that, up to 256. A permutation deals to the blocks that the next
-    rotation mixes. ShapeError names `layer` if a block does not divide the width or no kernel runs it.
+    Dense rotations are as large as their bytes and work allow, a Hadamard takes 128 or the largest power of two below that
+    divides the width; `block` in a step overrides that, up to 256. A permutation deals to the blocks that the next rotation
+    mixes. ShapeError names `layer` if a block does not divide the width or no kernel runs it.
     """
-    dense = any(spec.kind == "greedy_rotation" for spec in specs)
     blocks: list[int] = []
     for index, spec in enumerate(specs):
         if spec.kind == "smooth":
             blocks.append(0)
             continue
-        wanted = spec.block
-        if spec.kind == "serpentine" and wanted is None:
-            following = next((s for s in specs[index + 1 :] if s.kind in ("hadamard", "greedy_rotation")), spec)
-            wanted = following.block
-        block = choose_block(channels, out_features, wanted, dense=dense, layer=layer)
+        mixing = next(
+            (s for s in specs[index:] if s.kind in ROTATIONS), next((s for s in specs if s.kind in ROTATIONS), spec)
+        )
+        wanted = mixing.block if spec.block is None else spec.block
+        block = choose_block(channels, out_features, wanted, dense=mixing.kind == "greedy_rotation", layer=layer)
         if spec.kind == "hadamard" and block not in HADAMARD_BLOCKS:
             raise ShapeError(_no_hadamard(layer, block, channels))
         blocks.append(block)
