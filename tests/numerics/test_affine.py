@@ -17,7 +17,7 @@ def grid(x: torch.Tensor, bits: int, symmetric: bool) -> tuple[torch.Tensor, obj
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_011_quantizing_twice_changes_nothing(bits: int, symmetric: bool) -> None:
+def test_invariant_11_quantizing_twice_changes_nothing(bits: int, symmetric: bool) -> None:
     x = torch.randn(64, 33, generator=torch.Generator().manual_seed(0))
     once, qparams = grid(x, bits, symmetric)
     assert torch.equal(fake_quantize(once, qparams, bits=bits), once)
@@ -25,14 +25,14 @@ def test_011_quantizing_twice_changes_nothing(bits: int, symmetric: bool) -> Non
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_012_a_row_has_at_most_two_to_the_bits_levels(bits: int, symmetric: bool) -> None:
+def test_invariant_12_a_row_has_at_most_two_to_the_bits_levels(bits: int, symmetric: bool) -> None:
     x = torch.randn(1, 5000, generator=torch.Generator().manual_seed(1))
     assert fake_quantize_tokens(x, bits=bits, symmetric=symmetric).unique().numel() <= 2**bits
 
 
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_013_the_error_is_at_most_half_a_step_and_zero_is_exact(bits: int, symmetric: bool) -> None:
+def test_invariant_13_the_error_is_at_most_half_a_step_and_zero_is_exact(bits: int, symmetric: bool) -> None:
     x = torch.randn(200, generator=torch.Generator().manual_seed(2)).double()
     x[0] = 0
     rounded, qparams = grid(x, bits, symmetric)
@@ -43,32 +43,32 @@ def test_013_the_error_is_at_most_half_a_step_and_zero_is_exact(bits: int, symme
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_014_order_is_kept(symmetric: bool) -> None:
+def test_invariant_14_order_is_kept(symmetric: bool) -> None:
     x = torch.randn(500, generator=torch.Generator().manual_seed(3)).sort().values
     assert (grid(x, 4, symmetric)[0].diff() >= 0).all()
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_015_scaling_the_input_scales_the_output(symmetric: bool) -> None:
+def test_invariant_15_scaling_the_input_scales_the_output(symmetric: bool) -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(4)).double()
     a = fake_quantize_tokens(4 * x, bits=4, symmetric=symmetric)
     assert torch.allclose(a, 4 * fake_quantize_tokens(x, bits=4, symmetric=symmetric), rtol=1e-12)
 
 
-def test_016_a_symmetric_grid_is_odd() -> None:
+def test_invariant_16_a_symmetric_grid_is_odd() -> None:
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(5))
     assert torch.equal(
         fake_quantize_tokens(-x, bits=4, symmetric=True), -fake_quantize_tokens(x, bits=4, symmetric=True)
     )
 
 
-def test_017_more_bits_never_hurt() -> None:
+def test_invariant_17_more_bits_never_hurt() -> None:
     x = torch.randn(64, 256, generator=torch.Generator().manual_seed(6))
     errors = [float((fake_quantize_tokens(x, bits=b, symmetric=False) - x).square().sum()) for b in range(2, 9)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_023_tokens_do_not_depend_on_their_batch() -> None:
+def test_invariant_23_tokens_do_not_depend_on_their_batch() -> None:
     x = torch.randn(6, 10, 32, generator=torch.Generator().manual_seed(7))
     together = fake_quantize_tokens(x, bits=4, symmetric=False)
     alone = torch.stack([fake_quantize_tokens(item, bits=4, symmetric=False) for item in x])
@@ -79,7 +79,7 @@ def test_023_tokens_do_not_depend_on_their_batch() -> None:
 @pytest.mark.parametrize(
     "x", [torch.zeros(3, 8), torch.full((2, 8), -3.0), torch.full((1, 8), 65504.0), torch.full((1, 1), 1e-30)]
 )
-def test_025_constant_zero_and_huge_inputs_stay_finite(x: torch.Tensor, symmetric: bool) -> None:
+def test_invariant_25_constant_zero_and_huge_inputs_stay_finite(x: torch.Tensor, symmetric: bool) -> None:
     rounded = fake_quantize_tokens(x, bits=4, symmetric=symmetric)
     assert torch.isfinite(rounded).all()
     assert (rounded - x).abs().max() <= x.abs().max() * 0.51 / 7 + 1e-6

@@ -31,12 +31,12 @@ def test_integers_fit_their_storage_and_scales_are_fp32(bits: int, symmetric: bo
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_017_more_bits_never_hurt(symmetric: bool) -> None:
+def test_invariant_17_more_bits_never_hurt(symmetric: bool) -> None:
     errors = [error(QuantSpec(bits=bits, symmetric=symmetric, range="mse")) for bits in (4, 6, 8)]
     assert errors == sorted(errors, reverse=True)
 
 
-def test_018_finer_ranges_never_hurt() -> None:
+def test_invariant_18_finer_ranges_never_hurt() -> None:
     tensor = error(QuantSpec(bits=4, granularity="tensor", range="mse"))
     channel = error(QuantSpec(bits=4, granularity="channel", range="mse"))
     group = error(QuantSpec(bits=4, granularity="group", group_size=64))
@@ -45,7 +45,7 @@ def test_018_finer_ranges_never_hurt() -> None:
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_019_a_searched_range_is_never_worse_than_min_max(symmetric: bool) -> None:
+def test_invariant_19_a_searched_range_is_never_worse_than_min_max(symmetric: bool) -> None:
     for row in weight():
         searched, plain = (
             (
