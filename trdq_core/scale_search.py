@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError
-from trdq_core.numerics.affine import choose_qparams, fake_quantize
-from trdq_core.numerics.candidates import FACTORS, ROUNDS, scale_candidates
+from trdq_core.numerics.affine import TINY, choose_qparams, fake_quantize
+from trdq_core.numerics.candidates import ROUNDS, scale_candidates
+from trdq_core.numerics.twin_region import SCALES, SignGrid
 from trdq_core.specs import QuantSpec
 from trdq_core.weights.grids import WeightGrid, fit_grid
 
@@ -104,18 +105,29 @@ def search_activation_range(
 
 def quantize_inputs(inputs: Tensor, spec: QuantSpec, limits: tuple[float, float]) -> Tensor:
     """`inputs` on the static grid of `spec` over a range."""
+    if spec.grid == "twin_region":
+        return sign_grid(limits, spec.bits).fake_quantize(inputs)
     low, high = (torch.tensor(limit) for limit in limits)
     return fake_quantize(inputs, choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric), bits=spec.bits)
 
 
+def sign_grid(limits: tuple[float, float], bits: int) -> SignGrid:
+    """The twin-region grid of an activation function's outputs whose ends are the range (low, high)."""
+    half, (low, high) = 2 ** (bits - 1), limits
+    return SignGrid(max(-low, TINY) / half, max(high, TINY) / (half - 1), bits)
+
+
 def input_ranges(inputs: Tensor, spec: QuantSpec) -> Iterator[tuple[float, float]]:
-    """What is tried: the range of the values themselves, and that many times as large."""
+    """What is tried: the range of the values themselves, and that many times as large.
+
+    On a twin-region grid only the upper end moves: the lower one is where the activation function ends.
+    """
     low, high = min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))
-    if spec.symmetric:
-        absmax = torch.tensor(max(-low, high))
-        for scale in scale_candidates(absmax, spec.bits):
-            limit = float(scale) * (2 ** (spec.bits - 1) - 1)
-            yield -limit, limit
+    if spec.grid == "uniform" and not spec.symmetric:
+        for factor in (1.0, *SCALES):
+            yield low * factor, high * factor
         return
-    for factor in (1.0, *FACTORS):
-        yield low * factor, high * factor
+    twin = spec.grid == "twin_region"
+    for scale in scale_candidates(torch.tensor(high if twin else max(-low, high)), spec.bits):
+        limit = float(scale) * (2 ** (spec.bits - 1) - 1)
+        yield (low if twin else -limit), limit
