@@ -114,6 +114,9 @@ def test_a_side_that_is_not_searched_keeps_its_own_range() -> None:
     x, given = rows(), weights("q")
     found = search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor"))
     assert found.range == (float(x.min()), float(x.max()))
+    short = search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor", range="percentile", percentile=99.0))
+    assert short.range[1] < 10, "percentile ranges leave the spike out"
+    assert search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor"), limits=(-9.0, 9.0)).range == (-9, 9)
     minmax = QuantSpec(bits=4, granularity="tensor")
     kept = search_scales(x, given, minmax, A4).grids["q"]
     assert torch.equal(kept.nearest(given["q"]), fit_grid(given["q"], minmax).nearest(given["q"]))
