@@ -23,7 +23,7 @@ from trdq_core.errors import CalibrationError, Cancelled, RecipeError
 from trdq_core.nn.attention import Map
 from trdq_core.nn.modules import share_copy
 from trdq_core.nn.quantized_attention import AttentionGrids
-from trdq_core.numerics.candidates import THRESHOLDS
+from trdq_core.numerics.twin_region import THRESHOLDS
 from trdq_core.sampling import Trajectory, sample
 from trdq_core.specs import AttentionSpec
 from trdq_core.timegroups import TimeContext, TimeGroups

@@ -16,7 +16,8 @@ from trdq_core.attention_search import (
 )
 from trdq_core.errors import CalibrationError
 from trdq_core.nn.quantized_attention import quantize_heads, quantize_map
-from trdq_core.numerics.candidates import FACTORS, THRESHOLDS, scale_candidates, search_scale
+from trdq_core.numerics.candidates import scale_candidates, search_scale
+from trdq_core.numerics.twin_region import SCALES, THRESHOLDS
 from trdq_core.specs import AttentionSpec
 from trdq_core.timegroups import TimeGroups
 
@@ -41,7 +42,7 @@ def minmax(absmax: torch.Tensor, bits: int) -> torch.Tensor:
 
 
 def test_the_candidates_are_those_of_the_paper_and_min_max() -> None:
-    assert len(FACTORS) == 101 and FACTORS[0] == 0.01 and FACTORS[-1] == pytest.approx(1.2)
+    assert len(SCALES) == 101 and SCALES[0] == 0.01 and SCALES[-1] == pytest.approx(1.2)
     found = list(scale_candidates(torch.tensor([1.0, 0.0]), 4))
     assert len(found) == 102 and found[0][0] == pytest.approx(1 / 7)
     assert found[-1][0] == pytest.approx(1.2 / 7.5)

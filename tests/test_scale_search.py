@@ -13,6 +13,7 @@ from trdq_core.scale_search import (
     quantize_inputs,
     search_activation_range,
     search_scales,
+    sign_grid,
 )
 from trdq_core.specs import QuantSpec
 from trdq_core.weights.grids import fit_grid
@@ -113,9 +114,26 @@ def test_a_side_that_is_not_searched_keeps_its_own_range() -> None:
     x, given = rows(), weights("q")
     found = search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor"))
     assert found.range == (float(x.min()), float(x.max()))
+    short = search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor", range="percentile", percentile=99.0))
+    assert short.range[1] < 10, "percentile ranges leave the spike out"
+    assert search_scales(x, given, W4, QuantSpec(bits=4, granularity="tensor"), limits=(-9.0, 9.0)).range == (-9, 9)
     minmax = QuantSpec(bits=4, granularity="tensor")
     kept = search_scales(x, given, minmax, A4).grids["q"]
     assert torch.equal(kept.nearest(given["q"]), fit_grid(given["q"], minmax).nearest(given["q"]))
+
+
+def test_a_twin_region_range_moves_its_upper_end_only() -> None:
+    x, weight = torch.nn.functional.gelu(2 * rows()), weights("q")["q"]
+    spec = QuantSpec(bits=4, grid="twin_region", granularity="tensor", range="output")
+    values = fit_grid(weight, QuantSpec(bits=8)).nearest(weight)
+    low, high = search_activation_range(x, weight, values, spec)
+    assert low == pytest.approx(float(x.min())) and 0 < high < float(x.max())
+    grid = sign_grid((low, high), 4)
+    assert float(grid.levels()[0]) == pytest.approx(low) and float(grid.levels()[-1]) == pytest.approx(high)
+    errors = [error(x, weight, values, limits, spec) for limits in input_ranges(x, spec)]
+    assert error(x, weight, values, (low, high), spec) == pytest.approx(min(errors), rel=1e-5)
+    symmetric = search_activation_range(x, weight, values, A4)
+    assert min(errors) < error(x, weight, values, symmetric, A4), "the same steps above zero, finer ones below"
 
 
 def test_zeros_are_finite_and_missing_rows_are_said() -> None:

@@ -13,7 +13,8 @@ from torch import Tensor
 from trdq_core.errors import CalibrationError
 from trdq_core.nn.quantized_attention import AttentionGrids, quantize_heads, quantize_map
 from trdq_core.numerics.affine import TINY
-from trdq_core.numerics.candidates import ROUNDS, THRESHOLDS, search_scale
+from trdq_core.numerics.candidates import ROUNDS, search_scale
+from trdq_core.numerics.twin_region import THRESHOLDS
 from trdq_core.specs import TIME_SPAN, AttentionSpec
 from trdq_core.timegroups import TimeGroups
 

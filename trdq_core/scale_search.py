@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError
-from trdq_core.numerics.affine import choose_qparams, fake_quantize
-from trdq_core.numerics.candidates import FACTORS, ROUNDS, scale_candidates
+from trdq_core.numerics.affine import TINY, choose_qparams, fake_quantize
+from trdq_core.numerics.candidates import ROUNDS, scale_candidates
+from trdq_core.numerics.ranges import static_range
+from trdq_core.numerics.twin_region import SCALES, SignGrid
 from trdq_core.specs import QuantSpec
 from trdq_core.weights.grids import WeightGrid, fit_grid
 
@@ -40,38 +42,41 @@ def search_scales(
     weight_spec: QuantSpec,
     activation_spec: QuantSpec,
     output_weights: Mapping[str, Tensor] | None = None,
+    *,
+    limits: tuple[float, float] | None = None,
 ) -> SearchedScales:
     """Grids of all linears that read `inputs` (rows, in) of T(x), and its static range: three rounds of turns at most.
 
-    `weights` (out, in) and `output_weights` (rows, out) go by the linear's name. A turn is taken for those whose spec has
-    range "output"; others keep the range of their spec.
+    `weights` (out, in) and `output_weights` (rows, out) go by the linear's name; `activation_spec` is static. A side whose
+    spec has range "output" is searched while the other is held; the range of another spec is `limits`, or taken from the
+    rows as that spec says. Weights are scored on the quantized inputs, against the exact weights on the same inputs.
     """
     names = list(weights)
     stacked = torch.cat([weights[name] for name in names])
     importance = None if output_weights is None else torch.cat([output_weights[name] for name in names], 1)
-    limits = (float(inputs.min()), float(inputs.max()))
-
-    def fit(seen: Tensor) -> dict[str, WeightGrid]:
-        return {
-            name: fit_grid(
-                weights[name],
-                weight_spec,
-                layer=name,
-                inputs=seen,
-                output_weight=None if output_weights is None else output_weights[name],
-            )
-            for name in names
-        }
-
-    grids, values = {}, None
+    searched = activation_spec.range == "output"
+    if limits is None:
+        limits = static_range(
+            inputs,
+            bits=activation_spec.bits,
+            symmetric=activation_spec.symmetric,
+            range="minmax" if activation_spec.range == "output" else activation_spec.range,
+            clip=1.0 if searched else activation_spec.clip,
+            percentile=activation_spec.percentile,
+            momentum=activation_spec.momentum,
+        )
+    grids: dict[str, WeightGrid] = {}
     for _ in range(ROUNDS):
-        before = limits, values
-        grids = fit(quantize_inputs(inputs, activation_spec, limits))
-        values = torch.cat([grids[name].nearest(weights[name]) for name in names])
-        if activation_spec.range == "output":
+        before = limits
+        seen = quantize_inputs(inputs, activation_spec, limits)
+        for name in names:
+            importance_here = None if output_weights is None else output_weights[name]
+            grids[name] = fit_grid(weights[name], weight_spec, layer=name, inputs=seen, output_weight=importance_here)
+        if searched:
+            values = torch.cat([grids[name].nearest(weights[name]) for name in names])
             limits = search_activation_range(inputs, stacked, values, activation_spec, importance)
-        if limits == before[0] or weight_spec.range != "output":
-            break  # the other side would see the same operand again
+        if limits == before or weight_spec.range != "output":
+            break  # the weights would see the same inputs again, or do not look at them
     return SearchedScales(grids, limits)
 
 
@@ -104,18 +109,29 @@ def search_activation_range(
 
 def quantize_inputs(inputs: Tensor, spec: QuantSpec, limits: tuple[float, float]) -> Tensor:
     """`inputs` on the static grid of `spec` over a range."""
+    if spec.grid == "twin_region":
+        return sign_grid(limits, spec.bits).fake_quantize(inputs)
     low, high = (torch.tensor(limit) for limit in limits)
     return fake_quantize(inputs, choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric), bits=spec.bits)
 
 
+def sign_grid(limits: tuple[float, float], bits: int) -> SignGrid:
+    """The twin-region grid of an activation function's outputs whose ends are the range (low, high)."""
+    half, (low, high) = 2 ** (bits - 1), limits
+    return SignGrid(max(-low, TINY) / half, max(high, TINY) / (half - 1), bits)
+
+
 def input_ranges(inputs: Tensor, spec: QuantSpec) -> Iterator[tuple[float, float]]:
-    """What is tried: the range of the values themselves, and that many times as large."""
+    """What is tried: the range of the values themselves, and that many times as large.
+
+    On a twin-region grid only the upper end moves: the lower one is where the activation function ends.
+    """
     low, high = min(0.0, float(inputs.min())), max(0.0, float(inputs.max()))
-    if spec.symmetric:
-        absmax = torch.tensor(max(-low, high))
-        for scale in scale_candidates(absmax, spec.bits):
-            limit = float(scale) * (2 ** (spec.bits - 1) - 1)
-            yield -limit, limit
+    if spec.grid == "uniform" and not spec.symmetric:
+        for factor in (1.0, *SCALES):
+            yield low * factor, high * factor
         return
-    for factor in (1.0, *FACTORS):
-        yield low * factor, high * factor
+    twin = spec.grid == "twin_region"
+    for scale in scale_candidates(torch.tensor(high if twin else max(-low, high)), spec.bits):
+        limit = float(scale) * (2 ** (spec.bits - 1) - 1)
+        yield (low if twin else -limit), limit

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.nn.attention import PLAIN_PROCESSORS, Map, Projections, additive_mask, finish
 from trdq_core.numerics.affine import QParams, fake_quantize
+from trdq_core.numerics.twin_region import SoftmaxGrid
 from trdq_core.timegroups import TimeContext, TimeGroups
 
 CHUNK_BYTES = 1 << 26  # of scores held at a time
@@ -62,15 +63,7 @@ def quantize_map(probabilities: Tensor, bits: int, threshold: float | None) -> T
     if threshold is None:
         top = 2**bits - 1
         return (probabilities * top).round().div_(top)
-    return twin_region(probabilities, bits, threshold)
-
-
-def twin_region(probabilities: Tensor, bits: int, threshold: float) -> Tensor:
-    """Exclusive regions: at or below the threshold the fine step, above it the coarse one."""
-    top = 2 ** (bits - 1) - 1
-    fine = (probabilities * (top / threshold)).round() * (threshold / top)
-    coarse = (probabilities * top).round() / top
-    return torch.where(probabilities <= threshold, fine, coarse)
+    return SoftmaxGrid(threshold, bits).fake_quantize(probabilities)
 
 
 def quantized_products(source: Map, values: Tensor, grids: AttentionGrids, threshold: float | None) -> Tensor:

@@ -8,21 +8,19 @@ import torch
 from torch import Tensor
 
 from trdq_core.numerics.affine import TINY
+from trdq_core.numerics.twin_region import SCALES
 
-# Both ends are tried: TQ-DiT's release stops one short of the upper one.
-FACTORS = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(101))
 ROUNDS = 3  # of alternating between the two operands of a product
-THRESHOLDS = tuple(2.0**-i for i in range(20))  # where the two regions of a softmax grid may meet
 
 
 def scale_candidates(absmax: Tensor, bits: int) -> Iterator[Tensor]:
-    """Scales of a symmetric grid, each in the shape of `absmax`: the one that spans it, then factors of absmax/(2^(b-1)-1/2).
+    """Scales of a symmetric grid, each in the shape of `absmax`: the one that spans it, then SCALES times absmax/(2^(b-1)-1/2).
 
     The first makes a searched scale never worse than min-max.
     """
     absmax = absmax.clamp_min(TINY)
     yield absmax / (2 ** (bits - 1) - 1)
-    for factor in FACTORS:
+    for factor in SCALES:
         yield factor * absmax / (2 ** (bits - 1) - 0.5)
 
 
