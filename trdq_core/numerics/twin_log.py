@@ -127,7 +127,7 @@ class _Best(NamedTuple):
 
 def _refine(best: _Best, start: Tensor, sums: _Sums, search_top: bool) -> _Best:
     """Candidates between each row's best and its neighbours in the coarse search, the two parameters in turn."""
-    growths = torch.tensor((SMALLEST_GROWTH, *GROWTHS), dtype=torch.float64)
+    growths = torch.tensor((SMALLEST_GROWTH, *GROWTHS), dtype=torch.float64, device=best.top.device)
     for _ in range(2):
         middle = best.growth
         index = torch.searchsorted(growths, middle.contiguous()).clamp(0, len(growths) - 1)
