@@ -63,10 +63,12 @@ def test_two_regions_suit_what_gelu_leaves() -> None:
     x = torch.nn.functional.gelu(rows())
     twin = QuantSpec(bits=4, granularity="tensor", grid="twin_region", range="mse")
     plain = QuantSpec(bits=4, granularity="tensor", symmetric=False, range="mse")
+    below = x < 0
     errors = [
-        float((InputGrid(spec, ranges=(range_of(x, spec),)).round(x) - x).square().mean()) for spec in (twin, plain)
+        float((InputGrid(spec, ranges=(range_of(x, spec),)).round(x) - x)[below].square().mean())
+        for spec in (twin, plain)
     ]
-    assert errors[0] < errors[1]
+    assert errors[0] < errors[1] / 4, "values below zero, all of them small, get a step of their own"
 
 
 def test_a_searched_range_is_never_worse_than_the_whole_one() -> None:

@@ -160,7 +160,7 @@ def _tq_dit(w: int, a: int) -> Ingredients:
 
 
 def _lrq_dit(w: int, a: int) -> Ingredients:
-    weight = QuantSpec(bits=w, grid="twin_log", granularity="channel")
+    weight = QuantSpec(bits=w, grid="twin_log", granularity="channel", range="mse")
     adaptive = TransformSpec(kind="adaptive_rotation", threshold=1.0)
     return Ingredients((rule(weight, per_token(a, symmetric=True), SMOOTH, adaptive),))
 
