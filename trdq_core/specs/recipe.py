@@ -80,6 +80,7 @@ class SharingSpec(Spec):
         "held"  # "held": the last guidance difference again; "off": the conditional alone
     )
     target_saving: float | None = None  # share of the attention FLOPs that was asked for
+    target_step_share: float | None = None  # share of a step's time that was asked for, by operations
     target_psnr_db: float | None = None  # least PSNR of any prompt that was asked for
     store_bytes: int | None = None  # most that may be kept between calls
     across_threshold: float | None = None  # greatest error of an output taken from the previous step
@@ -116,10 +117,9 @@ class SharingSpec(Spec):
             raise RecipeError(
                 f"sharing skip_unconditional_below: got {below:g}; allowed is a timestep above 0, up to 1000."
             )
-        if self.target_saving is not None and not 0 < self.target_saving <= 1:
-            raise RecipeError(
-                f"sharing saving: got {self.target_saving:g}; give a share above 0, up to 1, such as 0.1."
-            )
+        for label, share in (("saving", self.target_saving), ("step share", self.target_step_share)):
+            if share is not None and not 0 < share <= 1:
+                raise RecipeError(f"sharing {label}: got {share:g}; give a share above 0, up to 1, such as 0.1.")
         if self.target_psnr_db is not None and not 10 <= self.target_psnr_db <= 100:
             raise RecipeError(f"sharing PSNR: got {self.target_psnr_db:g} dB; allowed is 10 to 100.")
         for label, number in (
@@ -129,9 +129,13 @@ class SharingSpec(Spec):
         ):
             if number is not None and number < 0:
                 raise RecipeError(f"sharing {label}: got {number:g}; give 0 or more.")
-        wishes = [w for w in (self.threshold, self.target_saving, self.target_psnr_db) if w is not None]
-        if len(wishes) > 1:
-            raise RecipeError("sharing: give a threshold, a saving or a PSNR to plan by, one of the three.")
+        if sum(wish is not None for wish in self._wishes()) > 1:
+            raise RecipeError(
+                "sharing: give a threshold, a saving, a step share or a PSNR to plan by, one of the four."
+            )
+
+    def _wishes(self) -> tuple[float | None, ...]:
+        return (self.threshold, self.target_saving, self.target_step_share, self.target_psnr_db)
 
     @property
     def active(self) -> bool:
@@ -141,8 +145,8 @@ class SharingSpec(Spec):
     @property
     def wished(self) -> bool:
         """Whether there is anything to plan by."""
-        wishes = (self.threshold, self.target_saving, self.target_psnr_db, self.across_threshold, self.skip_threshold)
-        return self.skip_unconditional_below is not None or any(wish is not None for wish in wishes)
+        further = (self.across_threshold, self.skip_threshold, self.skip_unconditional_below)
+        return any(wish is not None for wish in (*self._wishes(), *further))
 
 
 @dataclass(frozen=True, kw_only=True)
