@@ -38,8 +38,8 @@ def made_up(**changes: Any) -> Similarity:
     about = {"tokens": TOKENS, "channels": CHANNELS, "dtype_bytes": 4, "denoiser_flops": 6 * WHOLE}
     measured = {
         "step_error": moved,
-        "guidance_change": torch.tensor([NAN, 0.5, 0.2, 0.1]),
-        "guidance_share": torch.full((4,), 0.3),
+        "guidance_change": torch.tensor([NAN, 0.5, 0.4, 1.0]),
+        "guidance_share": torch.tensor([1.0, 1.0, 0.5, 0.1]),
     }
     whole = Similarity((900.0, 700.0, 400.0, 100.0), (1 - error)[..., None], error[..., None], error, about, **measured)
     return dataclasses.replace(whole, **changes)
@@ -103,7 +103,9 @@ def test_what_is_reused_is_not_shared_and_what_is_skipped_is_neither() -> None:
     assert work_saving(made_up(), plan) == pytest.approx((plan.predicted_saving + plan.across_saving) / 2 + 0.25)
 
 
-@pytest.mark.parametrize(("threshold", "below", "saving"), [(0.05, None, None), (0.15, 250.0, 0.125), (0.6, 800.0, 0.375)])
+@pytest.mark.parametrize(
+    ("threshold", "below", "saving"), [(0.05, None, None), (0.15, 250.0, 0.125), (0.6, 800.0, 0.375)]
+)
 def test_skipping_begins_where_the_direction_calms_down(
     threshold: float, below: float | None, saving: float | None
 ) -> None:

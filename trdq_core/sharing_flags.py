@@ -49,7 +49,7 @@ def add_sharing_flags(parser: argparse.ArgumentParser) -> None:
         "--skip",
         type=float,
         metavar="X",
-        help="skip it from where on the guidance direction moves by at most X in a step",
+        help="skip it from where on the guidance moves by at most X of the prediction in a step",
     )
     add(
         "--skipped-guidance",

@@ -142,11 +142,12 @@ def plan_skipping(
     guidance: SkippedGuidance = "held",
 ) -> SharingSpec:
     """`spec` with the unconditional branch skipped below the timestep `below`, or below the first step from which on the
-    guidance direction changes by at most `threshold` a step. CalibrationError if that was not measured."""
+    guidance difference changes by at most `threshold` a step, see `guidance_error`. CalibrationError if that was not
+    measured. What is held for several steps may be off by the sum of their changes."""
     if (threshold is None) == (below is None):
         raise RecipeError("sharing skip: give a timestep or a threshold to find it by, one of the two.")
     if threshold is not None:
-        change = _measured(similarity, similarity.guidance_change, "changes of the guidance direction")
+        change = guidance_error(similarity)
         first = len(similarity.timesteps)
         while first > 1 and float(change[first - 1]) <= threshold:
             first -= 1
@@ -156,6 +157,16 @@ def plan_skipping(
         similarity,
         dataclasses.replace(spec, skip_unconditional_below=below, skipped_guidance=guidance, skip_threshold=threshold),
     )
+
+
+def guidance_error(similarity: Similarity) -> Tensor:
+    """How far the guidance difference d moves in a step, against the prediction: ||d_t - d_before|| / ||conditional_t||.
+
+    (timesteps,), NaN in the first. It is the change of direction times the size of d: late in sampling d turns quickly, but
+    is small. Guidance w multiplies it by w - 1.
+    """
+    change = _measured(similarity, similarity.guidance_change, "changes of the guidance direction")
+    return change * _measured(similarity, similarity.guidance_share, "the size of the guidance")
 
 
 def simulate(similarity: Similarity, spec: SharingSpec) -> Iterator[StepWork]:
@@ -194,10 +205,10 @@ def predict(similarity: Similarity, spec: SharingSpec) -> SharingSpec:
         }
     if spec.skip_unconditional_below is not None:
         skipped = [step.index for step in steps if step.skipped]
-        change = similarity.guidance_change
-        worst = [float(change[i]) for i in skipped if i] if change is not None else []
+        known = similarity.guidance_change is not None
+        worst = [float(guidance_error(similarity)[i]) for i in skipped if i] if known else []
         found |= {
-            "skipped_change": max(worst, default=0.0) if change is not None else None,
+            "skipped_change": max(worst, default=0.0) if known else None,
             "skipped_saving": len(skipped) / (2 * len(steps)),
         }
     return dataclasses.replace(spec, **found)

@@ -153,7 +153,7 @@ def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:
     if below is not None:
         lines.append(
             f"{name}: skips the unconditional branch below timestep {below:g} (guidance {plan.get('skipped_guidance')}); "
-            f"greatest change of the guidance direction {number(plan.get('skipped_change'), 4)}, denoiser FLOPs saved "
+            f"greatest change of the guidance in a step {number(plan.get('skipped_change'), 4)}, denoiser FLOPs saved "
             f"{100 * (plan.get('skipped_saving') or 0):.1f} %"
         )
     if plan.get("measured_prompts"):

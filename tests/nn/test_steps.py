@@ -24,12 +24,12 @@ def _no_gradients() -> object:
 class Block:
     """One attention under a memory, called as a denoiser would call it."""
 
-    def __init__(self, groups: TimeGroups = TimeGroups(), active: frozenset[int] = frozenset({0})) -> None:
+    def __init__(self, groups: TimeGroups | None = None, active: frozenset[int] = frozenset({0})) -> None:
         torch.manual_seed(0)
         self.attention = Attention(query_dim=CHANNELS, heads=2, dim_head=32, processor=AttnProcessor2_0())
         self.memory = StepMemory(TimeContext(TimeGroups()))
         self.plain = self.attention.processor
-        self.reusing = ReusingAttention(self.plain, groups, active, self.memory)
+        self.reusing = ReusingAttention(self.plain, groups or TimeGroups(), active, self.memory)
         self.attention.set_processor(self.reusing)
 
     def __call__(self, timestep: float, x: torch.Tensor) -> torch.Tensor:

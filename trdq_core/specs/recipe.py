@@ -84,7 +84,7 @@ class SharingSpec(Spec):
     target_psnr_db: float | None = None  # least PSNR of any prompt that was asked for
     store_bytes: int | None = None  # most that may be kept between calls
     across_threshold: float | None = None  # greatest error of an output taken from the previous step
-    skip_threshold: float | None = None  # greatest relative change of the guidance direction in a step that is skipped
+    skip_threshold: float | None = None  # greatest change of the guidance difference in a step, against the prediction
     measured_psnr_db: float | None = None  # lowest PSNR of a prompt against the unshared picture
     measured_prompts: int | None = None
     across_error: float | None = None
