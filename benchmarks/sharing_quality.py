@@ -34,7 +34,7 @@ from trdq_core.timegroups import TimeGroups
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
 EDGES = (250.0, 500.0, 750.0)
 THRESHOLDS = (0.05, 0.1, 0.2)
-ACROSS = 0.1
+ACROSS = (0.1, 0.2)
 SKIP_BELOW = 250.0
 TARGETS_DB = (35.0,)
 
@@ -71,7 +71,8 @@ def plans(model: SampledModel, similarity: Similarity, prompts: Sequence[str]) -
     for target in TARGETS_DB:
         name = f"automatic, {target:g} dB"
         found[name] = auto_sharing(model, similarity, groups, target_db=target, prompts=prompts)
-    found[f"across steps, {ACROSS:g}"] = plan_across(similarity, nothing, ACROSS)
+    for threshold in ACROSS:
+        found[f"across steps, {threshold:g}"] = plan_across(similarity, nothing, threshold)
     for guidance in ("held", "off"):
         name = f"unconditional skipped below {SKIP_BELOW:g}, {guidance}"
         found[name] = plan_skipping(similarity, nothing, below=SKIP_BELOW, guidance=guidance)

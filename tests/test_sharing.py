@@ -212,7 +212,7 @@ def flops_of_steps(model: PixArtModel, denoiser: torch.nn.Module) -> list[int]:
 
 
 EVERYTHING = SharingSpec(
-    blocks=((0, 1), (0,)), edges=(600.0,), across_steps=((1,), (0, 1)), skip_unconditional_below=300.0
+    blocks=((0, 1), (0,)), edges=(600.0,), across_steps=((1,), (0, 1)), skip_unconditional_below=400.0
 )
 
 
