@@ -14,10 +14,12 @@ from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.sharing import Sharing, shared_copy
 from trdq_core.specs import SharingSpec
 
-TIMES = (900.0, 700.0, 500.0, 300.0, 100.0)
+TIMES = (900.0, 700.0, 300.0)
 SPECS = {
     "shared": SharingSpec(blocks=((0, 1),)),
-    "everything": SharingSpec(blocks=((0,), (0, 1)), edges=(600.0,), across_steps=((1,), (1,)), skip_unconditional_below=400.0),
+    "everything": SharingSpec(
+        blocks=((0,), (0, 1)), edges=(600.0,), across_steps=((1,), (1,)), skip_unconditional_below=400.0
+    ),
 }
 
 
@@ -35,7 +37,7 @@ def _fresh_graphs() -> Iterator[None]:
 
 
 def run(denoiser: nn.Module) -> list[Tensor]:
-    """A run of five calls with both branches in one batch."""
+    """A run of three calls with both branches in one batch."""
     torch.manual_seed(0)
     text = torch.randn(2, 5, 32)
     found = []
@@ -62,11 +64,10 @@ def test_a_compiled_denoiser_leaves_out_the_same(model: PixArtModel, name: str) 
     expected = run(eager)
     denoiser, sharing = copy_of(model, name)
     compiled = torch.compile(denoiser, backend="eager")
-    for _ in range(2):
-        found = run(compiled)
-        assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
+    found = run(compiled)
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, expected, strict=True))
     calls = {key: value for key, value in counted.facts().items() if key.endswith("_calls")}
-    assert {key: sharing.facts()[key] for key in calls} == {key: 2 * value for key, value in calls.items()}
+    assert {key: sharing.facts()[key] for key in calls} == calls
 
 
 def test_a_block_with_shared_attention_is_one_graph(model: PixArtModel) -> None:
