@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 from trdq_core import __version__
 from trdq_core.errors import RecipeError, StorageError
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
-from trdq_core.specs import SHARING_MEASURES, STORAGE_MODES, TIME_GROUP_KINDS, Recipe, RunSpec, SharingSpec
+from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
+from trdq_core.specs import (
+    STORAGE_MODES,
+    TIME_GROUP_KINDS,
+    Recipe,
+    RunSpec,
+    SharingSpec,
+)
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
 FALLBACK_PROMPTS = (
@@ -79,18 +86,7 @@ def _add_attention(commands: Any) -> None:
         metavar="NAME",
         help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
     )
-    add(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="write a plan.json with the blocks whose measure stays within X at every step",
-    )
-    add(
-        "--measure",
-        choices=SHARING_MEASURES,
-        help="output_error (default): at most X; map_cosine: at least X",
-    )
-    add("--edges", metavar="T,T", help="timesteps between 0 and 1000 at which the plan may change")
+    add_sharing_flags(one)
     _add_steps(one)
     _add_run(one, "attention")
     _add_json(one)
@@ -182,7 +178,7 @@ def spec_from(given: Given) -> RunSpec:
     data["command"] = "calibrate" if command == "plan" else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
     if command == "attention":
-        data |= {"recipes": [], **_wish(given, from_file)}
+        data |= {"recipes": [], **sharing_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
     recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
     if recipes or not from_file:
@@ -212,7 +208,7 @@ def _recipes(given: Given, *, default: str) -> list[Recipe]:
     """The recipes named by flags and files, each once; the default where none is."""
     files = given.get("recipe_file", [])
     names = given.get("recipes", "" if files else default)
-    edges = _edges(given["edges"]) if "edges" in given else ()
+    edges = parse_edges(given["edges"]) if "edges" in given else ()
     groups = given.get("groups", len(edges) + 1)
     if edges and groups != len(edges) + 1:
         raise RecipeError(
@@ -244,26 +240,6 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     if given["command"] == "sample":
         return [with_sharing(recipe, sharing) for recipe in recipes]
     return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
-
-
-def _wish(given: Given, from_file: bool) -> dict[str, Any]:
-    """What the attention command is to plan; nothing without a threshold."""
-    if "threshold" not in given:
-        if "measure" in given or "edges" in given:
-            raise RecipeError("--threshold: it is missing; a plan takes a threshold beside --measure and --edges.")
-        return {} if from_file else {"sharing": None}
-    edges = _edges(given["edges"]) if "edges" in given else ()
-    measure = given.get("measure", "output_error")
-    return {"sharing": SharingSpec(edges=edges, measure=measure, threshold=given["threshold"]).to_dict()}
-
-
-def _edges(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RecipeError(
-            f"--edges: got {text!r}; give numbers with commas between them, such as 250,500,750."
-        ) from None
 
 
 def _prompts(which: str, count: int, flag: str) -> list[str]:
