@@ -72,7 +72,9 @@ def heatmap(chart: Heatmap) -> str:
     """The chart with its axes."""
     rows = chart.values.shape[1]
     height = rows * int(np.clip(FIELD_HEIGHT / rows, LEAST_ROW, MOST_ROW))
-    label = f"{chart.title}. Arrow keys move, Enter shows the heads of a block."
+    label = f"{chart.title}. Arrow keys read the cells." + (
+        " Enter shows the heads." if chart.chosen is not None else ""
+    )
     field = (
         f'<div class="tr-map-field" tabindex="0" role="application" aria-roledescription="heatmap" '
         f'aria-label="{escape(label)}" data-map="{escape(_data(chart))}" style="height:{height}px">'

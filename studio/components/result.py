@@ -284,7 +284,7 @@ def _same(run: StoredRun) -> str:
     differs = f"{differs}, and where it says so attention is shared" if shares else differs
     return (
         f'<p class="tr-same">Same prompt embeddings, same initial latents (seed {seed}), same sampler and decoder in every '
-        "column; only {differs}.</p>"
+        f"column; only {differs}.</p>"
     )
 
 

@@ -85,7 +85,10 @@ def build() -> Similar:
                     MEASURE_CHOICES, value="output_error", label="Measure", elem_id="measure", interactive=True,
                     elem_classes="tr-segments",
                 )  # fmt: skip
-                threshold = gr.Slider(0, 1, 0, step=0.01, label="Threshold", elem_id="threshold", interactive=True)
+                threshold = gr.Slider(
+                    0, 1, 0, step=0.01, label="Threshold", elem_id="threshold", interactive=True,
+                    info="A block shares in a time group if it keeps to this at every step of the group.",
+                )  # fmt: skip
                 groups = gr.Slider(
                     1, MOST_GROUPS, 1, step=1, label="Time groups of the plan", elem_id="plan-groups", interactive=True
                 )
@@ -98,7 +101,7 @@ def build() -> Similar:
             [], label="Block (or choose one in the map above)", elem_id="block", interactive=True, filterable=False
         )
         heads_map = _map("heads-map", clickable=False)
-        gr.HTML('<h3 class="tr-section">Over time</h3>')
+        gr.HTML('<h3 class="tr-section">Over time</h3><p class="tr-small">A click on a name hides its line.</p>')
         lines = gr.Plot(plots.empty(LINES_EMPTY, 430), show_label=False, elem_id="temporal")
         with gr.Accordion("The same in numbers", open=False, elem_id="similarity-numbers"):
             group_table, step_table = gr.HTML(elem_id="group-table"), gr.HTML(elem_id="step-table")
@@ -118,7 +121,7 @@ def opened(page: Similar, view: SimilarityView, choice: Choice, *, fresh: bool) 
     measure: SharingMeasure = choice.measure
     span = slider_range(view, measure)
     relation = "at most" if measure == "output_error" else "at least"
-    label = f"Threshold: a block shares where its {MEASURE_WORDS[measure]} is {relation} this at every step of a group"
+    label = f"Threshold: {MEASURE_WORDS[measure]} {relation}"
     kept = {} if fresh else {"value": choice.threshold}
     groups = min(int(choice.groups or 1), len(view.timesteps))
     return {
@@ -163,7 +166,7 @@ def lines(view: SimilarityView, choice: Choice, plan: PlanView) -> Any:
     """A line a block over the timesteps; the threshold as a line where it made the plan."""
     measure: SharingMeasure = choice.measure
     words = MEASURE_WORDS[measure]
-    title = f"{words[:1].upper()}{words[1:]} of each block (click on a name to hide its line)"
+    title = f"{words[:1].upper()}{words[1:]} of each block"
     return plots.block_lines(
         view.timesteps, view.blocks[measure], title=title, measure=words, threshold=plan.spec.threshold,
         edges=plan.spec.edges,

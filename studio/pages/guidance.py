@@ -56,14 +56,19 @@ def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> GuidanceP
         )  # fmt: skip
         measure = gr.Button("Measure", variant="primary", elem_id="measure-attention", min_width=110)
         cancel = gr.Button("Cancel", elem_id="cancel-attention", min_width=90)
-    stored = gr.Dropdown([], label="Measurement", elem_id="measurement", interactive=True, filterable=False)
+    with gr.Row(elem_classes="tr-choose"):
+        stored = gr.Dropdown(
+            [], label="Measurement", elem_id="measurement", interactive=True, filterable=False, visible=False
+        )
     empty, note = gr.HTML(elem_id="guidance-empty"), gr.HTML(elem_id="guidance-note")
     similar = similarity.build()
     with gr.Column(visible=False, elem_id="use-plan") as use:
         gr.HTML('<h3 class="tr-section">Use the plan</h3>')
         with gr.Row(elem_classes="tr-pair"):
-            apply = gr.Button("Apply to comparisons", variant="primary", elem_id="apply-plan", min_width=150)
-            file = gr.DownloadButton("Download plan.json", elem_id="plan-file", interactive=False, min_width=150)
+            apply = gr.Button("Apply", variant="primary", elem_id="apply-plan", min_width=150, size="md")
+            file = gr.DownloadButton(
+                "Download plan.json", elem_id="plan-file", interactive=False, min_width=150, size="md"
+            )
         applied = gr.HTML(elem_id="applied")
         command = gr.Code(
             "", language="shell", label="The same from the command line", lines=1, interactive=False, visible=False,
@@ -135,7 +140,7 @@ class _Handlers:
             return self._nothing(str(model))
         fresh = run_id not in ids
         chosen = ids[0] if fresh else run_id
-        return {self.page.stored: gr.Dropdown(choices=known, value=chosen)} | self._drawn(
+        return {self.page.stored: gr.Dropdown(choices=known, value=chosen, visible=True)} | self._drawn(
             chosen, Choice() if fresh else Choice(*choice), fresh=fresh
         )
 
@@ -306,7 +311,7 @@ class _Handlers:
             "with the steps, guidance and seed of the sidebar. It is stored and read again from then on."
         )
         return {
-            page.stored: gr.Dropdown(choices=[], value=None),
+            page.stored: gr.Dropdown(choices=[], value=None, visible=False),
             page.empty: html.empty_state(f"No measurement of {model} yet", said),
             page.note: "", page.use: gr.Column(visible=False), page.similar.box: gr.Column(visible=False),
         }  # fmt: skip

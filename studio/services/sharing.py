@@ -18,7 +18,7 @@ from trdq_core.specs import RunSpec, SharingSpec, TimeGroupSpec, check_prompt
 
 DEFAULT_PROMPTS, MOST_PROMPTS = 4, 32
 SUFFIX = "+sharing"
-BASE_CHOICES = [("Full precision", "fp"), ("The method in the sidebar", "chosen")]
+BASE_CHOICES = [("Full precision", "fp"), ("Chosen method", "chosen")]
 
 
 def attention_spec(form: Form, count: Any) -> RunSpec:

@@ -120,7 +120,7 @@ class Similarities:
 
     def by_threshold(self, view: SimilarityView, measure: Any, threshold: Any, groups: Any) -> PlanView:
         """The plan of a threshold in uniform time groups; RecipeError for a value that cannot be used."""
-        measure, limit = check_measure(measure), number("threshold", threshold)
+        measure, limit = check_measure(measure), round(number("threshold", threshold), 6)
         if not 0 <= limit <= max(1.0, view.widest(measure)):
             raise RecipeError(f"threshold: got {limit:g}; give a {MEASURE_WORDS[measure]} from 0 to 1.")
         count = whole("time groups", groups, 1, MOST_GROUPS)
@@ -157,6 +157,8 @@ class Similarities:
                 np.asarray(getattr(source, name), dtype=np.float64)[order]
                 for name in ("output_error", "map_cosine", "block_error")
             )
+            if not len(order) == len(source.block_error) or not block.size or error.shape != cosine.shape:
+                raise ValueError("shapes that do not belong together")
             everything = SharingSpec(blocks=(tuple(range(block.shape[1])),))
             most = float(self.core.similarity.predict(source, everything).predicted_saving)
         except (ValueError, IndexError, KeyError, TypeError, AttributeError) as damage:
