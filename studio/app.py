@@ -97,9 +97,9 @@ def _wire_page(
 
 def _restore_trial(studio: Studio, demo: gr.Blocks, page: guidance.GuidancePage) -> None:
     def restore(run_id: str | None) -> dict[Any, Any]:
-        return trial.stored(page.trial, studio.runs.open(run_id) if isinstance(run_id, str) else None)
+        return trial.stored(page.use.trial, studio.runs.open(run_id) if isinstance(run_id, str) else None)
 
-    demo.load(restore, page.saved, page.trial.widgets(), show_progress="hidden", api_visibility="private")
+    demo.load(restore, page.use.saved, page.use.trial.widgets(), show_progress="hidden", api_visibility="private")
 
 
 def _publish(studio: Studio) -> None:

@@ -15,6 +15,7 @@ from studio.services.similarity import (
     MEASURE_CHOICES,
     MEASURE_WORDS,
     MOST_GROUPS,
+    Choice,
     PlanView,
     SharingMeasure,
     SimilarityView,
@@ -58,17 +59,6 @@ class Similar:
         """Everything that a measurement fills."""
         fixed = [self.box, self.about, self.measure, self.bar, self.threshold, self.groups, self.block, self.step_table]
         return [*fixed, *self.of_plan(), self.lines]
-
-
-@dataclass(frozen=True)
-class Choice:
-    """What a visitor chose to look at, as it came from the page."""
-
-    measure: Any = "output_error"
-    threshold: Any = 0.0
-    groups: Any = 1
-    source: Any = "threshold"
-    block: Any = 0
 
 
 def build() -> Similar:

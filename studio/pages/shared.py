@@ -12,7 +12,7 @@ from studio.context import Studio
 from studio.jobs import Job, explain
 from studio.services.form import RunSpec
 from studio.services.work import run_work
-from studio.state import Progress
+from studio.state import LiveRun, Progress
 
 # One line for all jobs: the page may start many, the one worker runs them in turn.
 JOBS = {"concurrency_id": "jobs", "concurrency_limit": 16, "api_visibility": "private", "show_progress": "hidden"}
@@ -58,6 +58,15 @@ def strip_of(studio: Studio, progress: Progress, job: Job) -> str:
     if place:
         return html.waiting(progress.title, place, studio.worker.running_label())
     return html.progress(progress, job)
+
+
+def follow(studio: Studio, job: Job, live: LiveRun) -> Iterator[set[str]]:
+    """The recipes that changed, at once and each time something happened, until the job is over; `live` takes it in."""
+    yield set()
+    for events in studio.worker.follow(job):
+        changed = live.take(events)
+        if not job.finished:
+            yield changed
 
 
 def cancel_own(studio: Studio, request: gr.Request | None) -> None:

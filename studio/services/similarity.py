@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -69,6 +69,17 @@ class SimilarityView:
         return max(float(max(part.max() for part in parts)), 1e-6)
 
 
+@dataclass(frozen=True)
+class Choice:
+    """What a visitor chose to look at, as it came from the page."""
+
+    measure: Any = "output_error"
+    threshold: Any = 0.0
+    groups: Any = 1
+    source: Any = "threshold"
+    block: Any = 0
+
+
 class SliderRange(NamedTuple):
     """The threshold slider for a measure: its ends, its step, and where it starts."""
 
@@ -117,6 +128,18 @@ class Similarities:
                     self._open.pop(next(iter(self._open)))
                 self._open[info.id] = self._read(info.id, Path(info.folder))
             return self._open[info.id]
+
+    def asked(self, run_id: Any, choice: Choice) -> tuple[SimilarityView, Choice, PlanView]:
+        """The measurement, the checked choice and its plan; TRDQError if there is no such thing."""
+        view = self.open(run_id if isinstance(run_id, str) else None)
+        if view is None:
+            raise CalibrationError("measurement: it is not there any more; choose another, or press Measure.")
+        choice = replace(choice, measure=check_measure(choice.measure))
+        if choice.source == "published":
+            return view, choice, self.published(view)
+        if choice.source == "none":
+            return view, choice, self.none(view)
+        return view, choice, self.by_threshold(view, choice.measure, choice.threshold, choice.groups)
 
     def by_threshold(self, view: SimilarityView, measure: Any, threshold: Any, groups: Any) -> PlanView:
         """The plan of a threshold in uniform time groups; RecipeError for a value that cannot be used."""

@@ -39,11 +39,11 @@ def measure(page: Any) -> None:
 
 def move_slider(page: Any, value: float) -> str:
     """Drag the threshold as a pointer does; what the plan says once it has changed."""
-    before = page.locator("#sharing-plan").inner_text()
+    before = page.locator("#sharing-plan .tr-plan-said").inner_text()
     page.locator("#threshold input[type=range]").evaluate(
         "(e, v) => { e.value = v; e.dispatchEvent(new Event('input', {bubbles: true})); }", str(value)
     )
-    page.wait_for_function("b => document.querySelector('#sharing-plan').innerText !== b", arg=before)
+    page.wait_for_function("b => document.querySelector('#sharing-plan .tr-plan-said').innerText !== b", arg=before)
     return str(page.locator("#sharing-plan").inner_text())
 
 

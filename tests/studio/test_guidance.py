@@ -20,13 +20,15 @@ from studio import plots
 from studio.components import controls as sidebar
 from studio.components import heatmap, sharing
 from studio.components.heatmap import Heatmap
-from studio.components.similarity import Choice
 from studio.context import Studio
 from studio.pages import compare, guidance, runs
 from studio.pages.guidance import _Handlers
 from studio.pages.runs import _Handlers as RunHandlers
+from studio.pages.sharing import CHOICES
+from studio.pages.sharing import Handlers as SharingHandlers
 from studio.services import pictures
 from studio.services.form import AppliedPlan, Form
+from studio.services.similarity import Choice
 from tests.studio.fake_core import FakeCore
 from trdq_core.errors import ModelError
 from trdq_core.specs import SharingSpec
@@ -56,8 +58,13 @@ def page() -> guidance.GuidancePage:
 
 
 @pytest.fixture
-def handlers(studio: Studio, page: guidance.GuidancePage, controls: sidebar.Controls) -> _Handlers:
-    return _Handlers(studio, page, controls)
+def handlers(studio: Studio, page: guidance.GuidancePage) -> _Handlers:
+    return _Handlers(studio, page)
+
+
+@pytest.fixture
+def use(studio: Studio, page: guidance.GuidancePage, controls: sidebar.Controls) -> SharingHandlers:
+    return SharingHandlers(studio, page.use, controls)
 
 
 @pytest.fixture
@@ -83,7 +90,7 @@ def test_without_a_measurement_the_page_says_what_would_fill_it(handlers: _Handl
     updates = handlers.show("pocket-image", None, *CHOICE)
     assert "No measurement of pocket-image yet" in updates[page.empty]
     assert not updates[page.similar.box].visible
-    assert not updates[page.use].visible
+    assert not updates[page.use.box].visible
 
 
 def test_measuring_streams_progress_and_ends_with_the_drawing(
@@ -205,70 +212,79 @@ def test_a_click_on_a_cell_shows_the_heads_of_its_block(handlers: _Handlers, pag
 
 
 def test_apply_fills_the_sidebar_and_offers_file_and_command(
-    handlers: _Handlers, page: Any, controls: Any, run_id: str, short: Form
+    handlers: _Handlers, use: SharingHandlers, page: Any, controls: Any, run_id: str, short: Form
 ) -> None:
-    updates = handlers.apply(run_id, *CHOICE, *values(short))
+    updates = use.apply(run_id, *CHOICE, *values(short))
     applied = updates[controls.applied]
     assert isinstance(applied, AppliedPlan) and applied.plan.blocks == ((0, 1, 2, 3),)
     assert updates[controls.share].value is True
     assert "4 blocks, output error ≤ 0.15" in updates[controls.share].label
-    with open(updates[page.file].value["path"]) as file:
+    with open(updates[page.use.file].value["path"]) as file:
         assert SharingSpec.from_json(file.read()) == applied.plan
-    command = updates[page.command].value
+    command = updates[page.use.command].value
     assert "trdq_core attention --spec" in command and "--sharing plan.json" in command
-    off = handlers.apply(run_id, "output_error", 0.15, 1, "none", 2, *values(short))
+    off = use.apply(run_id, "output_error", 0.15, 1, "none", 2, *values(short))
     assert off[controls.applied] is None
     assert off[controls.share].value is False and off[controls.share].interactive is False
-    bad = handlers.apply(run_id, *CHOICE, *values(dataclasses.replace(short, guidance=1)))
-    assert "nothing to share" in bad[page.applied]
+    bad = use.apply(run_id, *CHOICE, *values(dataclasses.replace(short, guidance=1)))
+    assert "nothing to share" in bad[page.use.applied]
     assert controls.applied not in bad
 
 
 @pytest.mark.parametrize(("base", "title"), [("fp", "Full precision"), ("chosen", "TR-DQ W4A8")])
 def test_a_trial_shows_both_pictures_their_difference_and_times(
-    handlers: _Handlers, page: Any, core: FakeCore, run_id: str, short: Form, base: str, title: str
+    handlers: _Handlers,
+    use: SharingHandlers,
+    page: Any,
+    core: FakeCore,
+    run_id: str,
+    short: Form,
+    base: str,
+    title: str,
 ) -> None:
     core.runs.pace = 0.005
-    updates = list(handlers.tried(visitor(), base, run_id, *CHOICE, *values(short)))
-    view = page.trial
+    updates = list(use.tried(visitor(), base, run_id, *CHOICE, *values(short)))
+    view = page.use.trial
     assert sum(image in update for update in updates for image in view.images) > 4, "previews come while it denoises"
     last = updates[-1]
     assert f"{title} + sharing" in last[view.heads[1]]
     assert all(last[image] is not None for image in (*view.images, view.difference))
-    run = handlers.studio.runs.open(last[page.saved])
+    run = handlers.studio.runs.open(last[page.use.saved])
     assert run is not None
     names = [recipe.name for recipe in run.spec.recipes][-2:]  # type: ignore[union-attr]
     psnr = pictures.psnr(*(run.picture(name, 0) for name in names))  # type: ignore[arg-type]
     assert f"without sharing: {psnr:.1f} dB" in last[view.numbers]
     assert "41.0 ms</td>" in last[view.numbers] and "40.2 ms to 44.1 ms" in last[view.numbers]
     assert "64 of 255" in last[view.scale]
-    assert "16 of 255" in handlers.difference(run.id, 16)[1]
-    assert handlers.difference("gone", 4)[0] is None
+    assert "16 of 255" in use.difference(run.id, 16)[1]
+    assert use.difference("gone", 4)[0] is None
     if base == "fp":
         assert "0.93 of the time without; the spreads do not overlap" in last[view.numbers]
 
 
-def test_a_trial_that_cannot_run_says_why(handlers: _Handlers, page: Any, run_id: str, short: Form) -> None:
+def test_a_trial_that_cannot_run_says_why(
+    handlers: _Handlers, use: SharingHandlers, page: Any, run_id: str, short: Form
+) -> None:
     calls = len(handlers.studio.core.runs.calls)
     for choice, form, said in (
         (("output_error", 0.15, 1, "none", 2), short, "shares no block"),
         (CHOICE, dataclasses.replace(short, prompt=""), "it is empty"),
         (CHOICE, dataclasses.replace(short, model="/etc"), "the models here are"),
     ):
-        handler = handlers.tried(visitor(), "fp", run_id, *choice, *values(form))
-        assert said in next(handler)[page.trial.strip]
+        handler = use.tried(visitor(), "fp", run_id, *choice, *values(form))
+        assert said in next(handler)[page.use.trial.strip]
         with pytest.raises(gr.Error, match=said):
             list(handler)
     assert len(handlers.studio.core.runs.calls) == calls
     handlers.studio.core.runs.break_with = ModelError("model pocket-image: the weights hold NaN.")
     with pytest.raises(gr.Error, match="hold NaN"):
-        list(handlers.tried(visitor(), "fp", run_id, *CHOICE, *values(short)))
+        list(use.tried(visitor(), "fp", run_id, *CHOICE, *values(short)))
 
 
 def test_a_comparison_with_the_plan_shows_the_pair(
-    studio: Studio, handlers: _Handlers, controls: Any, run_id: str, short: Form
+    studio: Studio, handlers: _Handlers, use: SharingHandlers, controls: Any, run_id: str, short: Form
 ) -> None:
-    applied = handlers.apply(run_id, *CHOICE, *values(short))[controls.applied]
+    applied = use.apply(run_id, *CHOICE, *values(short))[controls.applied]
     with gr.Blocks():
         page = compare.build(*compare.build_strip(), gr.BrowserState(None))
     form = dataclasses.replace(short, share=True, applied=applied)
@@ -281,9 +297,9 @@ def test_a_comparison_with_the_plan_shows_the_pair(
 
 
 def test_runs_of_the_page_are_readable_under_runs(
-    studio: Studio, handlers: _Handlers, controls: Any, run_id: str, short: Form
+    studio: Studio, handlers: _Handlers, use: SharingHandlers, controls: Any, run_id: str, short: Form
 ) -> None:
-    list(handlers.tried(visitor(), "fp", run_id, *CHOICE, *values(short)))
+    list(use.tried(visitor(), "fp", run_id, *CHOICE, *values(short)))
     with gr.Blocks():
         page = runs.build()
         opener = RunHandlers(studio, page, compare.build(*compare.build_strip(), gr.BrowserState(None)).result, controls,
@@ -361,4 +377,4 @@ def test_psnr_of_pictures() -> None:
 
 
 def test_the_choice_matches_its_widgets(page: Any) -> None:
-    assert len(page.similar.choice()) == len(dataclasses.fields(Choice)) == guidance.CHOICES
+    assert len(page.similar.choice()) == len(dataclasses.fields(Choice)) == CHOICES
