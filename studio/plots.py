@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ GRID = "rgba(128,128,128,.22)"
 REFERENCE, BASELINE, CHOSEN = "#7d8793", "#d97706", "#0d9488"
 COLUMN_COLOURS = (REFERENCE, BASELINE, CHOSEN)
 BEFORE, AFTER = "#d97706", "#0d9488"
+OTHERS = ("#7c6cd6", "#2f8fd0", "#c2558f")  # recipes without a column
 LIMIT = "#e05a1f"
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
@@ -47,8 +48,10 @@ def empty(text: str, height: int = 320) -> go.Figure:
     return figure
 
 
-def latent_sqnr(series: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> go.Figure:
-    """Signal to quantization noise of the latent after each sampler step, one line a recipe."""
+def latent_sqnr(
+    series: Mapping[str, Sequence[float | None]], colours: Mapping[str, str], dashed: Collection[str] = ()
+) -> go.Figure:
+    """Signal to quantization noise of the latent after each sampler step, one line a recipe; some of them dashed."""
     figure = go.Figure()
     for name, values in series.items():
         figure.add_trace(
@@ -57,7 +60,7 @@ def latent_sqnr(series: Mapping[str, Sequence[float | None]], colours: Mapping[s
                 y=list(values),
                 name=name,
                 mode="lines+markers",
-                line={"color": colours.get(name, CHOSEN), "width": 2},
+                line={"color": colours.get(name, CHOSEN), "width": 2, "dash": "dash" if name in dashed else "solid"},
                 marker={"size": 6},
                 hovertemplate="%{y:.1f} dB",
             )

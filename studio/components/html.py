@@ -118,14 +118,14 @@ def kernel_badge(facts: dict[str, Any]) -> str:
     )
 
 
-def sharing_badge(facts: dict[str, Any]) -> str:
-    """That a recipe shares attention, and in how many of the calls it was asked to look at; empty for one that does not."""
+def sharing_badge(facts: dict[str, Any], *, short: bool = False) -> str:
+    """That a recipe shares attention, in how many blocks and what it is foretold to save; empty for one that does not."""
     found = facts.get("sharing")
     if not isinstance(found, dict):
         return ""
     blocks = {block for group in found.get("blocks") or () for block in group}
     said = f"attention sharing in {words.plural(len(blocks), 'block')}"
-    if found.get("predicted_saving") is not None:
+    if not short and found.get("predicted_saving") is not None:
         said += f" · predicted saving {found['predicted_saving']:.1%} of attention FLOPs"
     return f'<span class="tr-badge sharing">{escape(said)}</span>'
 
@@ -273,4 +273,4 @@ def _metrics_row(name: str, facts: dict[str, Any]) -> str:
     )
     body = "".join(f'<td class="{"" if index == 0 else "num"}">{escape(cell)}</td>' for index, cell in enumerate(cells))
     badge = kernel_badge(facts) if facts.get("kind") in ("quantized", "shared") else ""
-    return f"<tr>{body}<td>{badge}{sharing_badge(facts)}</td></tr>"
+    return f"<tr>{body}<td>{badge}{sharing_badge(facts, short=True)}</td></tr>"

@@ -9,14 +9,13 @@ import gradio as gr
 
 from studio import plots
 from studio.components import html
+from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
-from studio.services.form import METHOD_TITLES
 from studio.services.sharing import SUFFIX
 from studio.services.stored import StoredRun, archive, command_line
 from studio.state import LiveRun
 
-ROLES = ("reference", "baseline", "chosen")
 CLOSER_HEIGHT = 420
 FIRST_GAIN = 4
 SQNR_EMPTY = "The latent's distance from full precision, step by step, appears here after a comparison."
@@ -226,45 +225,9 @@ def sqnr_figure(run: StoredRun) -> Any:
     }
     if not series:
         return plots.empty("This run has no latent SQNR: it compared nothing with full precision.")
-    shown = column_names(list(run.recipes))
-    colours = {
-        title_of(name, run.recipes[name]): colour for name, colour in zip(shown, plots.COLUMN_COLOURS, strict=False)
-    }
-    return plots.latent_sqnr(series, colours)
-
-
-def column_names(names: list[str]) -> list[str]:
-    """The recipes that get a column: the first, the second and the last; with sharing the first and the last pair."""
-    if len(names) <= len(ROLES):
-        return names
-    pair = names[-1].removesuffix(SUFFIX)
-    return [names[0], pair if pair in names[1:-1] else names[1], names[-1]]
-
-
-def title_of(name: str, facts: dict[str, Any]) -> str:
-    """ "TR-DQ W4A8" for "tr-dq-w4a8"; the report's label for the reference."""
-    if name.endswith(SUFFIX):
-        return f"{title_of(name.removesuffix(SUFFIX), facts)} + sharing"
-    if name == "fp":
-        return str(facts.get("label") or "Full precision")
-    method, _, bits = name.rpartition("-")
-    return f"{METHOD_TITLES.get(method, method)} {bits.upper()}" if method else name
-
-
-def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:
-    """The line under a column's title."""
-    if facts.get("kind") == "reference":
-        reference = run.report.get("reference") or {}
-        device = str(reference.get("device") or "cpu").upper()
-        return f"reference, {reference.get('label', 'full precision')} on the {device}"
-    recipe = next((recipe for recipe in run.spec.recipes if recipe.name == name), None) if run.spec else None
-    if recipe is not None and not recipe.quantized:
-        return "full precision with attention sharing"
-    if recipe is None or (recipe.time.count == 1 and recipe.time.kind == "uniform"):
-        return "one transform for all timesteps"
-    count = recipe.time.groups_in(run.spec.steps) if run.spec else recipe.time.count
-    groups = "a group per step" if recipe.time.kind == "per_step" else f"{count} timestep groups"
-    return f"{groups}, {recipe.storage}"
+    colours = {title_of(name, run.recipes[name]): colour for name, colour in line_colours(list(run.recipes)).items()}
+    dashed = {title_of(name, facts) for name, facts in run.recipes.items() if name.endswith(SUFFIX)}
+    return plots.latent_sqnr(series, colours, dashed)
 
 
 def _floor(run: StoredRun, shown: list[str]) -> str:

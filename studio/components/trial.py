@@ -10,7 +10,8 @@ from typing import Any
 import gradio as gr
 
 from studio.components import html, words
-from studio.components.result import FIRST_GAIN, title_of
+from studio.components.result import FIRST_GAIN
+from studio.components.titles import title_of
 from studio.services import pictures
 from studio.services.sharing import BASE_CHOICES, pair_of
 from studio.services.stored import StoredRun

@@ -77,7 +77,7 @@ class Choice:
     threshold: Any = 0.0
     groups: Any = 1
     source: Any = "threshold"
-    block: Any = 0
+    block: Any = None  # the one least alike
 
 
 class SliderRange(NamedTuple):
@@ -207,7 +207,7 @@ def slider_range(view: SimilarityView, measure: SharingMeasure) -> SliderRange:
     widest = max(float(gaps.max()), 1e-3)
     step = 10.0 ** math.floor(math.log10(widest / 100))
     digits = max(0, -round(math.log10(step)))
-    start = math.ceil(float(np.quantile(gaps.max(0), 0.25)) / step) * step
+    start = math.ceil(float(np.quantile(gaps.max(0), 0.25, method="lower")) / step) * step
     end = math.ceil(widest / step) * step
     if measure == "output_error":
         return SliderRange(0.0, round(end, digits), step, round(min(start, end), digits))

@@ -138,7 +138,7 @@ def test_an_applied_plan_reaches_the_comparison(visit: Open, fake_url: str, scre
     picture(page, screenshots, "7-compare-sharing")
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
-    page.wait_for_selector("#run-metrics >> text=Full precision + sharing")
+    page.wait_for_selector("#run-metrics >> text=FP32 + sharing")
     wait_for_picture(page, "#run-pictures")
     picture(page, screenshots, "8-runs-sharing")
     seen.check()
@@ -162,7 +162,7 @@ def test_bad_input_cancel_and_reload(visit: Open, fake_url: str, fake_core: Fake
     page.locator("#measure-attention").click()
     page.wait_for_selector("#strip .tr-strip.running >> text=left in this stage")
     page.locator("#cancel-attention").dispatch_event("click")
-    page.wait_for_selector("#strip .tr-strip.cancelled", timeout=5000)
+    page.wait_for_selector("#strip .tr-strip.cancelled")
     fake_core.runs.pace = 0.005
     page.reload()
     go(page)

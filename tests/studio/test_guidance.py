@@ -231,7 +231,7 @@ def test_apply_fills_the_sidebar_and_offers_file_and_command(
     assert controls.applied not in bad
 
 
-@pytest.mark.parametrize(("base", "title"), [("fp", "Full precision"), ("chosen", "TR-DQ W4A8")])
+@pytest.mark.parametrize(("base", "title"), [("fp", "FP32"), ("chosen", "TR-DQ W4A8")])
 def test_a_trial_shows_both_pictures_their_difference_and_times(
     handlers: _Handlers,
     use: SharingHandlers,
@@ -306,11 +306,11 @@ def test_runs_of_the_page_are_readable_under_runs(
                              gr.Tabs())  # fmt: skip
     trial, measurement = opener.rows()[1]
     opened = opener.open(SimpleNamespace(row_value=trial))  # type: ignore[arg-type]
-    assert "Full precision + sharing" in opened[page.metrics]
+    assert "FP32 + sharing" in opened[page.metrics]
     assert "attention sharing in 4 blocks" in opened[page.metrics]
     assert [caption for _, caption in opened[page.gallery]] == [
         "FP32: red apple",
-        "Full precision + sharing: red apple",
+        "FP32 + sharing: red apple",
     ]
     loaded = opener.settings(opened[page.chosen])
     assert loaded[controls.share].value is True

@@ -141,12 +141,18 @@ def test_rows_with_sharing_are_named_and_marked(studio: Studio, core: FakeCore, 
     run = studio.runs.open(folder.name)
     assert run is not None
     titles = [result.title_of(name, facts) for name, facts in run.recipes.items()]
-    assert titles[1::2] == ["Full precision + sharing", "RTN W4A8 + sharing", "TR-DQ W4A8 + sharing"]
+    assert titles[1::2] == ["FP32 + sharing", "RTN W4A8 + sharing", "TR-DQ W4A8 + sharing"]
     table = html.metrics_table(list(zip(titles, run.recipes.values(), strict=True)), run.noise_floor)
-    assert table.count("attention sharing in 2 blocks · predicted saving 10.0% of attention FLOPs") == 3
-    row = next(line for line in table.split("<tr>") if "Full precision + sharing" in line)
+    assert table.count("attention sharing in 2 blocks<") == 3
+    row = next(line for line in table.split("<tr>") if "FP32 + sharing" in line)
     assert "41.0 dB" in row and "38.0 ms" in row and "float32 linear" in row
-    assert "attention sharing" in html.cards(run.recipes["fp+sharing"])
+    said = "attention sharing in 2 blocks · predicted saving 10.0% of attention FLOPs"
+    assert said in html.cards(run.recipes["fp+sharing"])
+    lines = {line.name: line.line for line in result.sqnr_figure(run).data}
+    for base in titles[2::2]:
+        assert lines[base].color == lines[f"{base} + sharing"].color
+        assert (lines[base].dash, lines[f"{base} + sharing"].dash) == ("solid", "dash")
+    assert len({line.color for line in lines.values()}) == 3
     assert html.sharing_badge(run.recipes["fp"]) == ""
     assert result.under("fp+sharing", run.recipes["fp+sharing"], run) == "full precision with attention sharing"
     assert sharing.pair_of(run) == ("tr-dq-w4a8", "tr-dq-w4a8+sharing")
