@@ -73,8 +73,8 @@ def wire(
     everything = [page.stored, page.empty, page.note, page.use.box, *similar.widgets()]
     for trigger in (tab.select, controls.model.change):
         trigger(handlers.show, [controls.model, *chosen], everything, **quiet)
-    page.stored.input(handlers.open, [controls.model, *chosen], everything, **quiet)
-    similar.measure.input(handlers.open, [controls.model, *chosen], everything, **quiet)
+    for trigger in (page.stored.input, similar.measure.input):
+        trigger(handlers.open, chosen, everything, **quiet)
     for trigger, source in (
         (similar.threshold.input, "threshold"), (similar.groups.input, "threshold"),
         (similar.published.click, "published"), (similar.none.click, "none"),
@@ -112,7 +112,7 @@ class _Handlers:
             chosen, Choice() if fresh else Choice(*choice), fresh=fresh
         )
 
-    def open(self, model: Any, run_id: Any, *choice: Any) -> Updates:
+    def open(self, run_id: Any, *choice: Any) -> Updates:
         """Draw a measurement or a measure that was just chosen, with the slider at its start."""
         return self._drawn(run_id, Choice(*choice), fresh=True)
 

@@ -46,7 +46,7 @@ class StoredRun:
 
     @property
     def recipes(self) -> dict[str, dict[str, Any]]:
-        """The report's recipes by name; the noise floor is left out, and full precision that shares is called as the reference."""
+        """The report's recipes by name; the noise floor is left out, and a row that only shares has the reference's label."""
         found = self.report.get("recipes") or {}
         label = (self.report.get("reference") or {}).get("label")
         return {

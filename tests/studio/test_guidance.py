@@ -183,13 +183,13 @@ def test_a_bad_value_gives_its_sentence_and_leaves_the_drawing(handlers: _Handle
     assert list(updates) == [page.note]
     assert "threshold: it is empty" in updates[page.note]
     assert "press Measure" in handlers.plan_from("none")("../../etc", *CHOICE)[page.note]
-    assert "press Measure" in handlers.open("pocket-image", None, *CHOICE)[page.note]
+    assert "press Measure" in handlers.open(None, *CHOICE)[page.note]
     with pytest.raises(gr.Error, match="press Measure"):
         handlers.look("gone", *CHOICE)
 
 
 def test_another_measure_has_its_own_units(handlers: _Handlers, page: Any, run_id: str) -> None:
-    updates = handlers.open("pocket-image", run_id, "map_cosine", 0.15, 1, "published", 2)
+    updates = handlers.open(run_id, "map_cosine", 0.15, 1, "published", 2)
     slider = updates[page.similar.threshold]
     assert 0.5 < slider.minimum < slider.value <= slider.maximum == 1.0
     assert "map cosine at least" in slider.label
@@ -279,6 +279,18 @@ def test_a_trial_that_cannot_run_says_why(
     handlers.studio.core.runs.break_with = ModelError("model pocket-image: the weights hold NaN.")
     with pytest.raises(gr.Error, match="hold NaN"):
         list(use.tried(visitor(), "fp", run_id, *CHOICE, *values(short)))
+
+
+def test_random_weights_are_measured_with_a_warning_and_not_tried(
+    handlers: _Handlers, use: SharingHandlers, page: Any, core: FakeCore, run_id: str, short: Form,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    known = core.runs.models()
+    monkeypatch.setattr(core.runs, "models", lambda: [known[0]._replace(kind="speed"), *known[1:]])
+    assert "random weights" in handlers.open(run_id, *CHOICE)[page.note]
+    handler = use.tried(visitor(), "fp", run_id, *CHOICE, *values(short))
+    assert "it makes no pictures" in next(handler)[page.use.trial.strip]
+    assert core.runs.calls[-1].command == "attention"
 
 
 def test_a_comparison_with_the_plan_shows_the_pair(
