@@ -16,6 +16,7 @@ from trdq_core.convert import convert
 from trdq_core.errors import Cancelled, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.metrics import latent_sqnr_db
+from trdq_core.passes import ModelPasses
 from trdq_core.presets import make_recipe, published_sharing, with_sharing
 from trdq_core.sampling import Trajectory, sample
 from trdq_core.sharing import apply_sharing, attention_flops, self_attentions, shared_copy
@@ -146,7 +147,7 @@ def test_sharing_composes_with_quantization(
     recipe = make_recipe(method, groups=groups, storage=storage)
     settings = {"backend": dispatch.select_backend(torch.device("cpu")), "storage_folder": tmp_path}
     if method == "rtn-static":
-        settings["second_pass"] = lambda transforms, groups: {name: [(-8.0, 8.0)] for name in transforms}
+        settings["passes"] = ModelPasses(ranges=lambda wanted, groups: {name: ((-8.0, 8.0),) for name in wanted})
     inputs = model.denoiser, model.linears()
     shared = convert(*inputs, with_sharing(recipe, ALL), statistics, **settings)
     idle = convert(*inputs, with_sharing(recipe, SharingSpec()), statistics, **settings)

@@ -31,6 +31,9 @@ def test_rows_hold_means_lowest_and_counted_savings() -> None:
 def test_every_way_is_compared(tiny_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = sharing_quality.run(str(tiny_folder), Settings(prompts=1, search_prompts=1, steps=3))
     names = list(dict.fromkeys(row["recipe"] for row in rows))
-    assert len(names) == 1 + len(sharing_quality.THRESHOLDS) + len(sharing_quality.TARGETS_DB) + len(sharing_quality.ACROSS) + 2
+    assert (
+        len(names)
+        == 1 + len(sharing_quality.THRESHOLDS) + len(sharing_quality.TARGETS_DB) + len(sharing_quality.ACROSS) + 2
+    )
     assert {"published list", "threshold 0.1", "automatic, 35 dB"} <= set(names)
     assert len(capsys.readouterr().out.splitlines()) == 1 + len(names)
