@@ -99,12 +99,13 @@ def test_siblings_get_one_rule_and_others_a_rule_of_their_own() -> None:
 
 def test_layers_without_a_common_pattern_get_a_rule_each() -> None:
     strange = tuple(
-        layer._replace(role="self_q", group="b.0.attn1.to_q") if ".0." in layer.layer and "out" in layer.layer else layer
+        layer._replace(role="self_q", group="b.0.attn1.to_q")
+        if ".0." in layer.layer and "out" in layer.layer
+        else layer
         for layer in TABLE.layers
     )
-    strange = tuple(x for x in strange if x.layer != "b.0.attn1.to_k") + (
-        TABLE.layers[1]._replace(role="self_q", group="b.0.attn1.to_k"),
-    )
+    moved = TABLE.layers[1]._replace(role="self_q", group="b.0.attn1.to_k")
+    strange = (*(x for x in strange if x.layer != "b.0.attn1.to_k"), moved)
     table = Sensitivity(BITS, strange, TABLE.recipes, TABLE.about)
     rules = [rule.match for rule in allocate(table, MOST).recipe.rules]
     assert {"b.0.attn1.to_q", "b.0.attn1.to_v", "b.0.attn1.to_out.0", "b.0.attn1.to_k"} <= set(rules)

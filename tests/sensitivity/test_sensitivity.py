@@ -105,7 +105,9 @@ def test_a_stopped_run_goes_on_with_the_next_bits(tiny_folder: Path, measured: P
     assert not partial.about["complete"]
     events.clear()
     runs.run(spec_of(tiny_folder), tmp_path, on_event=events.append)
-    assert [event["recipe"] for event in events if event.get("stage") == "fit" and event["kind"] == "stage"] == ["rtn-w3a4"]
+    assert [event["recipe"] for event in events if event.get("stage") == "fit" and event["kind"] == "stage"] == [
+        "rtn-w3a4"
+    ]
     assert Sensitivity.load(tmp_path).layers == Sensitivity.load(measured).layers
 
 
