@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trdq_core.errors import ShapeError
+
 TINY = 1e-12
 
 
@@ -53,10 +55,21 @@ def fake_quantize(x: Tensor, qparams: QParams, *, bits: int) -> Tensor:
     return dequantize(quantize(x, qparams, bits=bits), qparams)
 
 
-def fake_quantize_tokens(x: Tensor, *, bits: int, symmetric: bool) -> Tensor:
-    """x (..., channels) rounded to a grid of its own for each token, ranges taken from the live values."""
-    qparams = choose_qparams(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits=bits, symmetric=symmetric)
-    return fake_quantize(x, qparams, bits=bits)
+def fake_quantize_tokens(x: Tensor, *, bits: int, symmetric: bool, clip: float = 1.0) -> Tensor:
+    """x (..., channels) rounded to a grid of its own for each token, ranges taken from the live values, times `clip`."""
+    low, high = x.amin(-1, keepdim=True) * clip, x.amax(-1, keepdim=True) * clip
+    return fake_quantize(x, choose_qparams(low, high, bits=bits, symmetric=symmetric), bits=bits)
+
+
+def fake_quantize_groups(x: Tensor, *, bits: int, symmetric: bool, group_size: int, clip: float = 1.0) -> Tensor:
+    """x (..., channels) rounded to a grid for each token and each `group_size` consecutive channels (Q-DiT, SVDQuant)."""
+    if x.shape[-1] % group_size:
+        raise ShapeError(
+            f"activation: group_size={group_size} does not divide its {x.shape[-1]} channels; "
+            'use a divisor or granularity="token".'
+        )
+    groups = x.unflatten(-1, (-1, group_size))
+    return fake_quantize_tokens(groups, bits=bits, symmetric=symmetric, clip=clip).flatten(-2)
 
 
 def fake_quantize_static(x: Tensor, seen: Tensor, *, bits: int, symmetric: bool) -> Tensor:

@@ -1,0 +1,191 @@
+"""Recording what blocks and linears are called with while the full-precision model samples, in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trdq_core.errors import CalibrationError
+from trdq_core.events import Progress
+from trdq_core.reconstruction.calls import BatchSize, CallTemplate, RecordedCalls, Slot, map_leaves, tensors_of
+from trdq_core.sampling import SampledModel, sample
+from trdq_core.statistics import Statistics
+from trdq_core.timegroups import timestep_value
+
+ITEMS = 384  # pictures of one branch at one timestep that are recorded, at most
+MEMORY = 1 << 30  # bytes of recorded tensors; a large model is recorded at fewer timesteps instead
+STREAMS = 3  # of a block's output: in full precision, of the quantized blocks before, and the target
+_SPREAD = 0.6180339887  # golden ratio: the timesteps of successive prompts interleave evenly
+
+
+class CallRecorder:
+    """Hooks on a denoiser that keep the calls of some of its modules, as long as `wanted` is set.
+
+    Outputs are not kept. Where one of `walked`, the modules that will be replayed in order, hands its output to the next, as
+    blocks hand on the hidden states, the slot of the next carries its key. So depth costs no memory.
+    """
+
+    def __init__(
+        self, denoiser: nn.Module, modules: Sequence[str], argument: str, *, walked: Sequence[str] = ()
+    ) -> None:
+        self.wanted: Callable[[], bool] = lambda: True
+        self.prompt = 0
+        self._denoiser, self._argument = denoiser, argument
+        self._walked = frozenset(walked)
+        self._modules = {name: denoiser.get_submodule(name) for name in modules}
+        self._templates: dict[str, CallTemplate] = {}
+        self._parts: dict[str, list[Tensor]] = {}
+        self._constants: dict[str, Tensor] = {}
+        self._items: list[tuple[float, int, int]] = []  # timestep, prompt, branch
+        self._seen: dict[int, tuple[Tensor, str]] = {}  # by id; holding the tensors keeps the ids from being used again
+        self._batch = 0
+        self._recording = False
+
+    @contextmanager
+    def attached(self) -> Iterator[CallRecorder]:
+        """Record while the context is open."""
+        handles = [self._denoiser.register_forward_pre_hook(self._begin, with_kwargs=True)]
+        for name, module in self._modules.items():
+            handles.append(module.register_forward_hook(self._after(name), with_kwargs=True))
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._seen = {}
+
+    @property
+    def bytes_per_call(self) -> int:
+        """Bytes that replaying one recorded call takes: what is kept of it, and the streams between the blocks."""
+        calls = len(self._items) // max(self._batch, 1)
+        kept = sum(part.nbytes for parts in self._parts.values() for part in parts) // max(calls, 1)
+        outputs = [tensor.nbytes for tensor, key in self._seen.values() if "/" in key]
+        return kept + STREAMS * max(outputs, default=0)
+
+    def result(self) -> RecordedCalls:
+        """Everything recorded; CalibrationError if a module was never called."""
+        missing = [name for name in self._modules if name not in self._templates]
+        if missing:
+            raise CalibrationError(
+                f"{missing[0]}: the model never called it while sampling; leave it out of the rule with reconstruction."
+            )
+        timesteps, prompts, branches = zip(*self._items, strict=True)
+        return RecordedCalls(
+            dict(self._templates),
+            {key: torch.cat(parts) for key, parts in self._parts.items()},
+            dict(self._constants),
+            torch.tensor(timesteps, dtype=torch.float64),
+            torch.tensor(prompts),
+            torch.tensor(branches),
+        )
+
+    def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self._recording = self.wanted()
+        self._seen = {}
+        if self._recording:
+            self._batch = len(tensors_of((args, kwargs))[0])
+            timestep = timestep_value(kwargs[self._argument])
+            self._items += [(timestep, self.prompt, branch) for branch in range(self._batch)]
+
+    def _after(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            if not self._recording:
+                return
+            slots = map_leaves((args, kwargs), Tensor, lambda tensor: Slot(self._key(name, tensor)))
+            if isinstance(kwargs.get("batch_size"), int):
+                slots[1]["batch_size"] = BatchSize()
+            returned = []
+            for index, tensor in enumerate(tensors_of(output) if name in self._walked else ()):
+                returned.append(self._seen.setdefault(id(tensor), (tensor, f"{name}/{index}"))[1])
+            template = CallTemplate(*slots, tuple(returned))
+            if self._templates.setdefault(name, template) != template:
+                raise CalibrationError(
+                    f"{name}: its arguments differ from call to call, so its rounding cannot be learned; use another rounding."
+                )
+
+        return hook
+
+    def _key(self, name: str, tensor: Tensor) -> str:
+        """The key of an argument; a tensor that was not seen in this call of the denoiser is kept under a new one."""
+        if id(tensor) in self._seen:
+            return self._seen[id(tensor)][1]
+        key = f"{name}#{sum(1 for _, known in self._seen.values() if known.startswith(f'{name}#'))}"
+        self._seen[id(tensor)] = (tensor, key)
+        self._keep(key, tensor.detach())
+        return key
+
+    def _keep(self, key: str, tensor: Tensor) -> None:
+        leading = tensor.shape[0] if tensor.dim() else 0
+        if leading in (1, self._batch):
+            parts = self._parts.setdefault(key, [])
+            if parts and parts[0].shape[1:] != tensor.shape[1:]:
+                raise CalibrationError(
+                    f"{key.partition('#')[0]}: its input has {tuple(tensor.shape[1:])} values now and "
+                    f"{tuple(parts[0].shape[1:])} before; reconstruction needs prompts padded to one length."
+                )
+            parts.append(tensor.expand(self._batch, *tensor.shape[1:]).to("cpu", copy=True))
+        elif not torch.equal(self._constants.setdefault(key, tensor.to("cpu", copy=True)), tensor.cpu()):
+            raise CalibrationError(
+                f"{key.partition('#')[0]}: its input has {leading} rows for {self._batch} pictures and changes from call to "
+                "call, so it cannot be cut into items; use another rounding."
+            )
+
+
+class EvenChoice:
+    """Which calls to record: the same number for every prompt, spread evenly over its timesteps."""
+
+    def __init__(self, prompts: int, calls: int, wanted: int) -> None:
+        self.prompts, self.calls = prompts, calls
+        self.per_prompt = max(1, min(calls, wanted // prompts))
+
+    def steps(self, prompt: int) -> set[int]:
+        """Indices of the calls to record while sampling a prompt."""
+        offset = (prompt * _SPREAD) % 1
+        return {int((i + offset) * self.calls / self.per_prompt) for i in range(self.per_prompt)}
+
+    def limit(self, bytes_per_call: int) -> None:
+        """Record fewer calls where all of them would pass the memory bound."""
+        affordable = MEMORY // max(1, bytes_per_call * self.prompts)
+        self.per_prompt = max(1, min(self.per_prompt, affordable))
+
+
+def record_calls(
+    model: SampledModel,
+    blocks: Sequence[str],
+    alone: Sequence[str],
+    statistics: Statistics,
+    progress: Progress,
+    *,
+    items: int = ITEMS,
+) -> RecordedCalls:
+    """Sample the calibration's prompts in full precision and record calls of blocks, which follow each other, and of further
+    modules, spread over prompts and timesteps."""
+    about = statistics.about
+    calls = max(1, items // (2 if about["guidance"] > 1 else 1))
+    numbers = range(0, len(about["prompts"]), -(-len(about["prompts"]) // calls))
+    conditionings = model.encode([about["prompts"][number] for number in numbers])
+    choice = EvenChoice(len(conditionings), about["steps"], calls)
+    recorder = CallRecorder(model.denoiser, [*blocks, *alone], model.timestep_argument, walked=blocks)
+    step = 0
+
+    def wanted() -> bool:
+        return step in choice.steps(recorder.prompt)
+
+    def next_step(*_: object) -> None:
+        nonlocal step
+        if recorder.prompt == 0 and wanted():
+            choice.limit(recorder.bytes_per_call)
+        step += 1
+        progress.advance(f"recording prompt {recorder.prompt + 1} of {len(conditionings)}")
+
+    recorder.wanted = wanted
+    with recorder.attached():
+        for recorder.prompt, conditioning in enumerate(conditionings):
+            step = 0
+            seed = about["seed"] + numbers[recorder.prompt]
+            sample(model, conditioning, seed, steps=about["steps"], guidance=about["guidance"], on_step=next_step)
+    return recorder.result()
