@@ -24,6 +24,7 @@ from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
 from trdq_core.weights.rounding import Weight
 
+CURVATURE_ROWS = 192  # each layer; the search tries some hundred scales on them
 Announce = Callable[[str, str], None]  # stage and what it does, as a new one begins
 
 
@@ -48,7 +49,9 @@ def make_passes(
 
     def curvature(layers: Sequence[LayerInfo]) -> Mapping[str, OutputSamples]:
         announce("observe", f"How much the prediction depends on each layer, for {recipe.name}")
-        return output_weights(model, statistics.about, [layer.name for layer in layers], seed=seed, **reports)
+        return output_weights(
+            model, statistics.about, [layer.name for layer in layers], rows=CURVATURE_ROWS, seed=seed, **reports
+        )
 
     def reconstruction(
         fits: Sequence[FittedInput], found: Ranges, asked: Recipe

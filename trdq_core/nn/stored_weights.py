@@ -52,7 +52,10 @@ def coded_buffers(weights: Sequence[Weight]) -> dict[str, Tensor | None]:
             "group_scale": [weight.group_scale for weight in weights],
         }
     else:
-        codes, parts = [weight.codes for weight in weights], {"code_parameters": [weight.parameters for weight in weights]}
+        codes, parts = (
+            [weight.codes for weight in weights],
+            {"code_parameters": [weight.parameters for weight in weights]},
+        )
     packed = torch.stack([pack_bits(code.reshape(-1), first.bits) for code in codes])
     return {"codes": packed, **{name: _stack(part) for name, part in parts.items()}}
 
