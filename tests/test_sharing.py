@@ -78,7 +78,7 @@ def test_blocks_that_are_not_there_are_named(model: PixArtModel) -> None:
         shared_copy(model.denoiser, model.linears(), SharingSpec(blocks=((2,),)))
 
 
-def test_035_no_blocks_and_guidance_one_change_no_bit(model: PixArtModel) -> None:
+def test_invariant_35_no_blocks_and_guidance_one_change_no_bit(model: PixArtModel) -> None:
     for spec, guidance in ((SharingSpec(), 3.5), (ALL, 1.0)):
         denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), spec)
         shared, plain = run(model, denoiser, guidance), run(model, model.denoiser, guidance)
@@ -123,7 +123,7 @@ def test_equal_prompts_make_sharing_exact(model: PixArtModel) -> None:
         assert torch.allclose(a, b, atol=2e-5)
 
 
-def test_035_a_cancelled_run_leaves_nothing_behind(model: PixArtModel) -> None:
+def test_invariant_35_a_cancelled_run_leaves_nothing_behind(model: PixArtModel) -> None:
     denoiser, _, _ = shared_copy(model.denoiser, model.linears(), ALL)
     whole = run(model, denoiser)
 
