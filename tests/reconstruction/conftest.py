@@ -21,7 +21,7 @@ ACTIVATION = QuantSpec(bits=8, symmetric=False, granularity="token", dynamic=Tru
 BLOCK_ROLES = (
     "self_q", "self_k", "self_v", "self_out", "cross_q", "cross_k", "cross_v", "cross_out", "mlp_in", "mlp_out"
 )  # fmt: skip
-QUICK = ReconstructionSpec(iterations=12, batch=4, learning_rate=0.1)
+QUICK = ReconstructionSpec(iterations=40, batch=4, learning_rate=0.1)
 
 
 @pytest.fixture(scope="session")

@@ -93,7 +93,9 @@ def learn_rounding(
     """Which weights take their upper neighbour, (out, in) bool by layer.
 
     loss = squared error of the outputs / `scale` + round_weight * mean(1 - |2 h - 1|^beta), over random items, with beta
-    falling from `beta[0]` to `beta[1]` after the warm-up, in which the penalty is left out.
+    falling from `beta[0]` to `beta[1]` after the warm-up, in which the penalty is left out. With `scale` the error of an item
+    under nearest rounding, the same round_weight serves layers of any size; one too small leaves weights undecided, and what
+    they gained is lost when they are rounded in the end.
     """
     task.harden(None)
     generator = torch.Generator().manual_seed(seed)
