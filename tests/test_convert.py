@@ -15,6 +15,7 @@ from trdq_core.errors import CalibrationError, Cancelled, RecipeError, ShapeErro
 from trdq_core.kernels import dispatch
 from trdq_core.metrics import latent_sqnr_db
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.passes import ModelPasses
 from trdq_core.plan import make_plan
 from trdq_core.presets import make_recipe
 from trdq_core.sampling import Trajectory, sample
@@ -181,7 +182,7 @@ def test_038_calibration_and_fit_are_deterministic(model: PixArtModel, statistic
 def test_statistics_keep_each_timestep_apart(statistics: Statistics) -> None:
     assert len(statistics.timesteps) == STEPS
     layer = statistics.layer("transformer_blocks.0.attn1.to_q")
-    assert layer.rows.shape == (STEPS, 16, 128)
+    assert layer.rows.shape == (STEPS, 32, 128)
     assert layer.item_absmax.shape == (STEPS, 4, 128)  # two prompts, two guidance branches
     absmax = layer.absmax_over_time()
     assert not torch.allclose(absmax[0], absmax[-1], rtol=0.05)
@@ -219,16 +220,14 @@ def test_static_ranges_come_from_a_second_pass_through_the_transforms(
         do_no_harm=False,
     )
 
-    def second_pass(transforms: object, groups: object) -> object:
-        return observe_ranges(model, statistics, transforms, groups)
-
-    conversion = make(recipe, second_pass=second_pass)
+    passes = ModelPasses(ranges=lambda requests, groups: observe_ranges(model, statistics, requests, groups))
+    conversion = make(recipe, passes=passes)
     quantizer = conversion.quantized_layers()["transformer_blocks.0.attn1.to_q"].input_quantizer
     assert quantizer.static_scale.shape == (2, 1)
     assert not torch.equal(quantizer.static_scale[0], quantizer.static_scale[1])
     reference = run(model, model.denoiser)
     assert min(latent_sqnr_db(run(model, conversion.denoiser), reference)) >= 20
-    plain = make(static, second_pass=second_pass)
+    plain = make(static, passes=passes)
     dynamic = make(make_recipe("rtn"))
     errors = [latent_sqnr_db(run(model, c.denoiser), reference)[-1] for c in (plain, dynamic)]
     assert errors[0] < errors[1], "one range for all tokens and timesteps must cost something"

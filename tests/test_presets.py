@@ -6,16 +6,19 @@ import pytest
 
 from trdq_core.errors import RecipeError
 from trdq_core.presets import METHODS, OFFERED_BITS, QUANTIZED_ROLES, make_recipe, parse_recipe
+from trdq_core.specs import Recipe
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "fp"])
 @pytest.mark.parametrize("bits", OFFERED_BITS)
 def test_every_method_exists_at_every_offered_width(method: str, bits: str) -> None:
     recipe = parse_recipe(f"{method}-{bits}", groups=4)
-    (rule,) = recipe.rules
     assert recipe.name == f"{method}-{bits.lower()}"
-    assert (rule.weight.bits, rule.activation.bits) == (int(bits[1]), int(bits[3]))
-    assert rule.roles == QUANTIZED_ROLES
+    for rule in recipe.rules:
+        assert (rule.weight.bits, rule.activation.bits) == (int(bits[1]), int(bits[3]))
+    covered = {role for rule in recipe.rules if rule.match == "*" for role in rule.roles}
+    assert covered >= set(QUANTIZED_ROLES)
+    assert Recipe.from_json(recipe.to_json()) == recipe
     assert recipe.description
     assert recipe.source
 

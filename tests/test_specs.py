@@ -86,7 +86,7 @@ def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
         (lambda: activation(bits=4, grid="twin_log"), 'grid "twin_log" is for weights'),
         (lambda: activation(bits=4, granularity="channel"), "per token, per group or per tensor, not per channel"),
         (lambda: activation(bits=4, granularity="token"), "got static per token"),
-        (lambda: activation(bits=4, granularity="token", dynamic=True, range="mse"), 'take range "minmax"'),
+        (lambda: activation(bits=4, granularity="token", dynamic=True, range="ema"), 'take range "minmax" or "mse"'),
         (
             lambda: activation(TransformSpec(kind="smooth"), bits=8, grid="twin_region", granularity="tensor"),
             "leave the transforms out",

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trdq_core.errors import CalibrationError, StorageError
-from trdq_core.specs import TransformSpec
+from trdq_core.specs import TimeGroupSpec, TransformSpec
 from trdq_core.statistics import LayerStatistics, Statistics
 from trdq_core.timegroups import TimeGroups
 
@@ -60,6 +60,33 @@ def test_absmax_merges_as_the_recipe_says() -> None:
     for item in items[0, 1:]:
         expected = 0.5 * expected + 0.5 * item
     assert torch.allclose(layer.absmax([0], TransformSpec(kind="smooth", absmax="ema", momentum=0.5)), expected)
+
+
+def test_spearman_weighs_items_that_disagree_with_the_weights_most() -> None:
+    weight_absmax = torch.arange(1.0, 9.0)
+    agrees, disagrees = weight_absmax.clone(), weight_absmax.flip(0)
+    layer = LayerStatistics(torch.stack([agrees, disagrees])[None].half(), torch.zeros(1, 1, 8).half())
+    merged = layer.absmax([0], TransformSpec(kind="smooth", absmax="spearman"), weight_absmax)
+    share = torch.tensor([-1.0, 1.0]).softmax(0)  # rho is 1 and -1
+    assert torch.allclose(merged, share[0] * agrees + share[1] * disagrees)
+    with pytest.raises(CalibrationError, match='absmax "spearman": .* pass weight_absmax'):
+        layer.absmax([0], TransformSpec(kind="smooth", absmax="spearman"))
+
+
+def test_equal_items_give_their_own_ranges_however_they_are_weighed() -> None:
+    item = torch.rand(8).half()
+    layer = LayerStatistics(item.expand(3, 2, 8), torch.zeros(3, 1, 8).half())
+    for merge in ("max", "ema", "spearman"):
+        merged = layer.absmax([0, 2], TransformSpec(kind="smooth", absmax=merge), torch.rand(8))
+        assert torch.allclose(merged, item.float())
+
+
+def test_statistics_cut_the_time_axis_by_their_own_ranges() -> None:
+    ranges = torch.tensor([1.0, 1.0, 20.0])[:, None, None].expand(3, 2, 8).half()
+    layer = LayerStatistics(ranges, torch.zeros(3, 1, 8).half())
+    statistics = Statistics((900.0, 500.0, 100.0), {"block.to_q": layer}, {})
+    assert statistics.groups(TimeGroupSpec(kind="dp", count=2)) == TimeGroups((300.0,))
+    assert statistics.groups(TimeGroupSpec(count=2)) == TimeGroups((500.0,))
 
 
 def test_groups_take_their_own_timesteps_and_borrow_the_nearest() -> None:

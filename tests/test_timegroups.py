@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
 
 from trdq_core.errors import RecipeError
 from trdq_core.specs import TimeGroupSpec
-from trdq_core.timegroups import TimeContext, TimeGroups, make_groups, timestep_value
+from trdq_core.timegroups import TimeContext, TimeGroups, make_groups, segment_cuts, timestep_value
 
 
 @pytest.mark.parametrize(
@@ -18,10 +20,12 @@ from trdq_core.timegroups import TimeContext, TimeGroups, make_groups, timestep_
         TimeGroupSpec(count=7),
         TimeGroupSpec(kind="edges", edges=(10.0, 500.5)),
         TimeGroupSpec(kind="per_step"),
+        TimeGroupSpec(kind="dp", count=2),
+        TimeGroupSpec(kind="dp", count=9),
     ],
 )
-def test_032_every_timestep_is_in_exactly_one_group(spec: TimeGroupSpec) -> None:
-    groups = make_groups(spec, timesteps=(999, 700, 30))
+def test_invariant_32_every_timestep_is_in_exactly_one_group(spec: TimeGroupSpec) -> None:
+    groups = make_groups(spec, timesteps=(999, 700, 30), absmax=[torch.rand(3, 8)])
     borders = [0, *groups.edges, 1000]
     assert borders == sorted(set(borders))
     for timestep in [*range(0, 1001, 7), 1000]:
@@ -37,6 +41,58 @@ def test_per_step_puts_each_calibrated_timestep_in_a_group_of_its_own() -> None:
     assert sorted(groups.group_of(t) for t in steps) == [0, 1, 2, 3, 4]
     with pytest.raises(RecipeError, match="per_step needs the timesteps"):
         make_groups(TimeGroupSpec(kind="per_step"))
+
+
+STEPS = tuple(999 - 50.0 * step for step in range(20))  # 20 steps, largest first as they are sampled
+
+
+def planted(borders: tuple[float, ...], seed: int = 0) -> list[torch.Tensor]:
+    """Channel absmax (steps, channels) of three layers that jump where a timestep crosses a border, and wobble by 5 %."""
+    generator = torch.Generator().manual_seed(seed)
+    level = torch.tensor([sum(t > border for border in borders) for t in STEPS])
+    layers = []
+    for channels in (16, 64, 24):
+        ranges = 10 ** torch.randn(len(borders) + 1, channels, generator=generator)
+        layers.append(ranges[level] * (1 + 0.05 * torch.randn(len(STEPS), channels, generator=generator)))
+    return layers
+
+
+@pytest.mark.parametrize("borders", [(574.0,), (124.0, 774.0), (74.0, 324.0, 624.0, 924.0)])
+def test_dynamic_programming_finds_planted_changes(borders: tuple[float, ...]) -> None:
+    spec = TimeGroupSpec(kind="dp", count=len(borders) + 1)
+    assert make_groups(spec, STEPS, planted(borders)).edges == borders
+
+
+def test_dynamic_programming_is_exact_on_all_cuts() -> None:
+    layers = [torch.rand(7, 5, generator=torch.Generator().manual_seed(3)) + 0.01, torch.rand(7, 3) + 0.01]
+
+    def cost(cuts: tuple[int, ...]) -> float:
+        logs = [layer.double().log() for layer in layers]
+        runs = list(itertools.pairwise((0, *cuts, 7)))
+        return sum(float((x[a:b] - x[a:b].mean(0)).square().sum()) / x.shape[1] for x in logs for a, b in runs)
+
+    for count in (2, 3, 4):
+        every = list(itertools.combinations(range(1, 7), count - 1))
+        assert cost(tuple(segment_cuts(layers, count))) == pytest.approx(min(map(cost, every)))
+
+
+def test_one_group_and_a_group_for_each_step_are_the_ends_of_dynamic_programming() -> None:
+    ranges = planted((574.0,))
+    assert make_groups(TimeGroupSpec(kind="dp", count=1), STEPS, ranges) == TimeGroups()
+    each = make_groups(TimeGroupSpec(kind="per_step"), STEPS)
+    assert make_groups(TimeGroupSpec(kind="dp", count=20), STEPS, ranges) == each
+    assert make_groups(TimeGroupSpec(kind="dp", count=500), STEPS, ranges) == each
+
+
+def test_a_dead_channel_does_not_disturb_the_cuts() -> None:
+    ranges = planted((574.0,))
+    ranges[0][:, 3] = 0
+    assert make_groups(TimeGroupSpec(kind="dp", count=2), STEPS, ranges).edges == (574.0,)
+
+
+def test_dynamic_programming_needs_ranges() -> None:
+    with pytest.raises(RecipeError, match="groups: dp needs the timesteps of a calibration"):
+        make_groups(TimeGroupSpec(kind="dp", count=2), STEPS)
 
 
 def test_the_context_follows_the_denoiser_and_tells_changes_once() -> None:

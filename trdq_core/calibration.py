@@ -14,14 +14,14 @@ from typing import Any
 from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.observers import InputObserver, RangeObserver, observing
+from trdq_core.passes import RangeRequest
 from trdq_core.sampling import Conditioning, SampledModel, sample
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
-from trdq_core.transforms.base import InputTransform
 
 SAVE_EVERY = 30.0  # seconds between two saves of the prompts finished so far
-ROWS_PER_CALL = 8  # token rows kept of each call; with 16 prompts and 20 steps, 128 a timestep
-CALIBRATION_VERSION = 2
+ROWS_PER_CALL = 16  # token rows kept of each call; with 16 prompts and 20 steps, 256 a timestep
+CALIBRATION_VERSION = 3
 
 
 def calibration_fingerprint(
@@ -54,7 +54,7 @@ def calibrate(
     started = time.monotonic()
     settings = {"steps": steps, "guidance": guidance, "seed": seed}
     about = {"fingerprint": calibration_fingerprint(model, prompts, **settings), "model": model.name, **settings}
-    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role not in ("embed", "other")))
+    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role != "other"))
     resumed = _resume(partial, about)
     done = resumed.about["finished"] if resumed is not None else 0
     progress = Progress("calibrate", len(prompts) * steps, on_event=on_event, cancelled=cancelled, done=done * steps)
@@ -89,20 +89,29 @@ def calibrate(
 def observe_ranges(
     model: SampledModel,
     statistics: Statistics,
-    transforms: Mapping[str, Sequence[InputTransform]],
+    requests: Mapping[str, RangeRequest],
     groups: TimeGroups,
     *,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
-) -> dict[str, list[tuple[float, float]]]:
+) -> dict[str, tuple[tuple[float, float], ...]]:
     """Second pass, for static activation grids: the range of every transformed input, one for each of its sets.
 
     Channel ranges of the first pass do not survive a rotation, so the calibration's prompts are sampled again, in full
-    precision, and the inputs observed through their fitted transforms. `transforms` go by the name of a linear.
+    precision, and the inputs observed through their fitted transforms. `requests` go by the name of a linear.
     """
     about = statistics.about
     context = TimeContext(groups)
-    observers = {name: RangeObserver(name, context, parts) for name, parts in transforms.items()}
+    observers = {
+        name: RangeObserver(
+            name,
+            context,
+            [one.transform for one in request.fitted.distinct],
+            request.count,
+            request.spec.momentum if request.spec.range == "ema" else None,
+        )
+        for name, request in requests.items()
+    }
     progress = Progress("observe", len(about["prompts"]) * about["steps"], on_event=on_event, cancelled=cancelled)
     with observing(model.denoiser, observers, context, argument=model.timestep_argument):
         for index, conditioning in enumerate(model.encode(about["prompts"])):
@@ -114,7 +123,7 @@ def observe_ranges(
                 guidance=about["guidance"],
                 on_step=lambda step, timestep, latents, c=conditioning: progress.advance(c.prompt),
             )
-    return {name: observer.ranges for name, observer in observers.items()}
+    return {name: tuple(observer.ranges) for name, observer in observers.items()}
 
 
 def _observe_prompt(

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trdq_core.attention_products import QuantizedProducts
 from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.fitting import FittedInput, fit_input
 from trdq_core.kernels import dispatch
+from trdq_core.nn.input_grid import Range
 from trdq_core.nn.input_quantizer import InputQuantizer
-from trdq_core.nn.linear import QuantizedLinear, pack
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import module_bytes, replace_module, share_copy
 from trdq_core.nn.switched import SwitchedSets, set_buffers, write_sets
-from trdq_core.plan import LayerInfo, group_inputs
+from trdq_core.passes import NO_PASSES, ModelPasses, RangeRequest
+from trdq_core.plan import InputGroup, LayerInfo, group_inputs
+from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext, TimeGroups, make_groups
-from trdq_core.transforms.base import InputTransform
-
-Ranges = Mapping[str, Sequence[tuple[float, float]]]  # by the linear that owns the input: low, high of each set
-SecondPass = Callable[[Mapping[str, Sequence[InputTransform]], TimeGroups], Ranges]
+from trdq_core.timegroups import TimeContext, TimeGroups
 
 
 @dataclass
@@ -39,29 +39,38 @@ class Conversion:
     fitted: list[FittedInput] = field(default_factory=list)
     switched: SwitchedSets | None = None
     sharing: Sharing | None = None
+    packed_bytes: int = 0  # of a file with tightly packed codes; all sets
+    attention: QuantizedProducts | None = None
+    reconstruction: dict[str, Any] | None = None
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """The quantized linears by name."""
         return {name: m for name, m in self.denoiser.named_modules() if isinstance(m, QuantizedLinear)}
 
     def facts(self) -> dict[str, Any]:
-        """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers."""
+        """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers.
+
+        `packed_bits` are those of a file that packs every code tightly, scales and transforms included; `effective_bits`
+        those that this machine holds. Both per weight of the quantized layers.
+        """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
         weight_bytes = module_bytes(*layers.values()) - biases
-        fp_bytes = sum(4 * layer.in_features * layer.out_features for layer in layers.values())
+        count = sum(layer.in_features * layer.out_features for layer in layers.values())
         kernels: dict[str, int] = {}
         for layer in layers.values():
             kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
+        simulated = any(layer.simulated for layer in layers.values()) or self.attention is not None
         return {
             "weight_bytes": weight_bytes,
-            "fp_weight_bytes": fp_bytes,
-            "resident_bytes": module_bytes(self.denoiser),
+            "fp_weight_bytes": 4 * count,
+            "resident_bytes": module_bytes(self.denoiser) + sum(layer.dense_bytes for layer in layers.values()),
             "disk_bytes": self.switched.nbytes if self.switched else 0,
-            "effective_bits": 32 * weight_bytes / fp_bytes if fp_bytes else 32.0,
+            "effective_bits": 8 * weight_bytes / count if count else 32.0,
+            "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,
-            "simulated": any(layer.simulated for layer in layers.values()),
-            "sets": max((len(f.transforms) for f in self.fitted), default=1),
+            "simulated": simulated,
+            "sets": max((len(f.distinct) for f in self.fitted), default=1),
             "rejected": [
                 {
                     "layer": fitted.group.layers[0].name,
@@ -71,8 +80,20 @@ class Conversion:
                 for fitted in self.fitted
                 if not fitted.kept
             ],
+            "chains": _chains(self.fitted),
             **({"sharing": self.sharing.facts()} if self.sharing is not None else {}),
+            **({"attention": self.attention.facts()} if self.attention is not None else {}),
+            **({"reconstruction": self.reconstruction} if self.reconstruction is not None else {}),
         }
+
+
+def _chains(fits: Sequence[FittedInput]) -> dict[str, int]:
+    """How many inputs ended with which transforms."""
+    counted: dict[str, int] = {}
+    for fitted in fits:
+        words = fitted.sets[0].transform.describe()
+        counted[words] = counted.get(words, 0) + 1
+    return counted
 
 
 def convert(
@@ -87,19 +108,20 @@ def convert(
     seed: int = 0,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
-    second_pass: SecondPass | None = None,
+    passes: ModelPasses = NO_PASSES,
 ) -> Conversion:
     """A quantized copy of `denoiser`; the original is untouched. Time groups follow its `argument` from then on.
 
-    `second_pass` observes the inputs again through the fitted transforms; recipes with static activation grids need it.
+    `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
+    attention products. CalibrationError names the one that a recipe needs and does not find.
     """
-    groups = make_groups(recipe.time, statistics.timesteps)
-    calibrated = (min(statistics.timesteps), max(statistics.timesteps))
-    time = TimeContext(groups if recipe.storage != "shared" else TimeGroups(), calibrated)
+    groups = groups_of(recipe, statistics)
+    time = TimeContext(groups, (min(statistics.timesteps), max(statistics.timesteps)))
     copy = share_copy(denoiser)
     conversion = Conversion(copy, recipe, time)
     steps_of_sets = set_steps(recipe, statistics)
     inputs = group_inputs(layers, recipe)
+    curvature = _curvature(inputs, passes)
     progress = Progress("fit", len(inputs), on_event=on_event, cancelled=cancelled, recipe=recipe.name)
     fits: list[FittedInput] = []
     for index, group in enumerate(inputs):
@@ -111,18 +133,23 @@ def convert(
             steps_of_sets,
             do_no_harm=recipe.do_no_harm,
             seed=seed + index,
+            curvature=curvature,
         )
         fits.append(fitted)
         progress.advance(group.layers[0].name)
-    ranges = _static_ranges(fits, time.groups, second_pass)
+    ranges = static_ranges(fits, groups, statistics, passes)
+    if recipe.reconstruction is not None:
+        fits, conversion.reconstruction = passes.reconstructed(fits, ranges, recipe)
     while fits:  # emptied as it goes, so that packed and unpacked integers are not held together
         fitted = fits.pop(0)
-        _install(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name))
+        _install(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name, ()))
         conversion.fitted.append(_without_weights(fitted))
     if recipe.storage == "switched" and len(steps_of_sets) > 1:
         _switch(conversion, storage_folder, statistics)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
+    if recipe.attention is not None:
+        conversion.attention = passes.quantized_attention(copy, recipe.attention, groups, time)
     time.attach(copy, argument)
     return conversion
 
@@ -136,27 +163,52 @@ def convert_sharing_only(
     return Conversion(copy, recipe, time, sharing=sharing)
 
 
-def _static_ranges(fits: Sequence[FittedInput], groups: TimeGroups, second_pass: SecondPass | None) -> Ranges:
-    """The second pass over the inputs whose activations get a static grid; nothing if there are none."""
-    wanted = {
-        fitted.group.layers[0].name: fitted.transforms
-        for fitted in fits
-        if fitted.group.rule.activation is not None and not fitted.group.rule.activation.dynamic
-    }
-    if not wanted:
-        return {}
-    if second_pass is None:
-        raise CalibrationError(
-            f"{next(iter(wanted))}: static activation ranges need a second calibration pass; pass second_pass=..."
-        )
-    return second_pass(wanted, groups)
+def groups_of(recipe: Recipe, statistics: Statistics) -> TimeGroups:
+    """The time groups of a recipe on the timesteps of a calibration."""
+    return statistics.groups(recipe.time)
+
+
+def static_ranges(
+    fits: Sequence[FittedInput],
+    groups: TimeGroups,
+    statistics: Statistics,
+    passes: ModelPasses,
+) -> dict[str, tuple[Range, ...]]:
+    """Low and high of every static input, by the linear that owns it: one pair for each set or time group.
+
+    What has to span every value is observed in a second pass; searched ranges come from the sampled rows.
+    """
+    requests: dict[str, RangeRequest] = {}
+    for fitted in fits:
+        spec = fitted.group.rule.activation
+        if spec is None or spec.dynamic:
+            continue
+        count = groups.count if spec.per_time_group else len(fitted.distinct)
+        requests[fitted.group.layers[0].name] = RangeRequest(fitted, spec, count)
+    observed = {name: r for name, r in requests.items() if r.spec.range in ("minmax", "ema")}
+    found = dict(passes.observed_ranges(observed, groups)) if observed else {}
+    for name, request in requests.items():
+        if name not in found:
+            found[name] = request.from_rows(groups, statistics)
+    return found
+
+
+def _curvature(inputs: Sequence[InputGroup], passes: ModelPasses) -> dict[str, OutputSamples]:
+    """Output weights of the linears whose grids are searched with them; nothing if there are none."""
+    wanted = [
+        layer
+        for group in inputs
+        for layer in group.layers
+        if "output" in {spec.range for spec in (group.rule.weight, group.rule.activation) if spec is not None}
+    ]
+    return dict(passes.measured_curvature(wanted)) if wanted else {}
 
 
 def set_steps(recipe: Recipe, statistics: Statistics) -> list[list[int]]:
     """The timestep indices each set is fitted on: all of them for shared storage, else those of each time group."""
     if recipe.storage == "shared":
         return [list(range(len(statistics.timesteps)))]
-    groups = make_groups(recipe.time, statistics.timesteps)
+    groups = groups_of(recipe, statistics)
     return [statistics.steps_of(groups, group) for group in range(groups.count)]
 
 
@@ -171,7 +223,7 @@ def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
 
 def _without_weights(fitted: FittedInput) -> FittedInput:
     # The integers now live in the layers; keeping them here too would double the memory of the quantized model.
-    return fitted._replace(weights={})
+    return fitted._replace(sets=tuple(one._replace(weights={}) for one in fitted.sets))
 
 
 def _install(
@@ -179,35 +231,39 @@ def _install(
     fitted: FittedInput,
     denoiser: nn.Module,
     backend: dispatch.Backend,
-    ranges: Sequence[tuple[float, float]] | None,
+    ranges: Sequence[Range],
 ) -> None:
     """Replace the linears of one input by quantized ones."""
-    activation = fitted.group.rule.activation
-    weight_spec = fitted.group.rule.weight
-    assert activation is not None and weight_spec is not None  # groups only hold quantized layers
+    sets = fitted.distinct
+    downs = [one.low_rank_down for one in sets if one.low_rank_down is not None]
     quantizer = InputQuantizer(
-        fitted.transforms,
-        bits=activation.bits,
-        symmetric=activation.symmetric,
+        [one.transform for one in sets],
+        fitted.grid(ranges),
         time=conversion.time,
         backend=backend,
         readers=len(fitted.group.layers),
-        ranges=ranges,
+        simulated=not fitted.packable,
+        low_rank_down=downs,
     )
-    for index, (name, sets) in enumerate(fitted.weights.items()):
-        layer = QuantizedLinear(
-            [pack(weight) for weight in sets],
-            _linear(denoiser, name).bias,
+    conversion.packed_bytes += quantizer.file_bytes
+    for index, layer in enumerate(fitted.group.layers):
+        quantized = QuantizedLinear(
+            [one.weights[layer.name] for one in sets],
+            _linear(denoiser, layer.name).bias,
             quantizer,
             owns_input=index == 0,
-            weight_bits=weight_spec.bits,
+            low_rank_up=[one.low_rank_up[layer.name] for one in sets] if downs else (),
         )
-        replace_module(conversion.denoiser, name, layer)
+        conversion.packed_bytes += quantized.file_bytes
+        replace_module(conversion.denoiser, layer.name, quantized)
 
 
 def _switch(conversion: Conversion, folder: Path, statistics: Statistics) -> None:
-    """Move all sets into a file and leave only the first in memory."""
-    modules = {n: m for n, m in conversion.denoiser.named_modules() if isinstance(m, (QuantizedLinear, InputQuantizer))}
+    """Move all sets into a file and leave only the first in memory. Layers with one set for all times stay as they are."""
+    kinds = (QuantizedLinear, InputQuantizer)
+    modules = {n: m for n, m in conversion.denoiser.named_modules() if isinstance(m, kinds) and m.sets > 1}
+    if not modules:
+        return
     count = len(set_steps(conversion.recipe, statistics))
     sets = [{n: {k: b[i : i + 1] for k, b in set_buffers(m).items()} for n, m in modules.items()} for i in range(count)]
     digest = hashlib.sha256(

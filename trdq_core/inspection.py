@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -15,14 +16,16 @@ from trdq_core.errors import CalibrationError
 from trdq_core.fitting import FittedInput, fit_input
 from trdq_core.metrics import sqnr_db
 from trdq_core.models import load_model
-from trdq_core.numerics.affine import choose_qparams, fake_quantize, fake_quantize_static, fake_quantize_tokens
+from trdq_core.nn.input_grid import InputGrid, range_of
+from trdq_core.numerics.affine import choose_qparams, fake_quantize
 from trdq_core.plan import LayerInfo, group_inputs
-from trdq_core.specs import QuantSpec, Recipe
+from trdq_core.specs import LayerRule, QuantSpec, Recipe
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import make_groups
 
 BINS = 101
 RANGE_RATIOS = tuple(1 - 0.02 * i for i in range(49))
+EIGHT_BITS = QuantSpec(bits=8, symmetric=False, granularity="token", dynamic=True)  # where a recipe has no grid to show
 SAMPLE = 200_000  # values a range search looks at
 
 
@@ -98,21 +101,20 @@ def group_labels(recipe: Recipe, timesteps: Sequence[float]) -> list[str]:
 def histograms(calibration: Path, model: str, recipe: Recipe, layer: str, group: int) -> LayerHistograms:
     """Histograms of one input in one time group, before and after the transform that `recipe` fits to it."""
     statistics = _statistics(calibration)
-    groups = make_groups(recipe.time, statistics.timesteps)
+    groups = statistics.groups(recipe.time)
     if not 0 <= group < groups.count:
         raise CalibrationError(f"time group: got {group}; this recipe has groups 0 to {groups.count - 1}.")
     rows = statistics.layer(layer).rows_at(statistics.steps_of(groups, group))
     fitted = _fit(calibration, model, recipe, layer)
     if fitted is None:
-        facts = _facts(rows, QuantSpec(bits=8, symmetric=False, granularity="token", dynamic=True))
+        facts = _facts(rows, EIGHT_BITS)
         edges, counts, _ = _count(rows, rows)
         return LayerHistograms(
             edges, counts, counts, facts, facts, len(rows), True, "This recipe leaves the layer as it is."
         )
     index = group if len(fitted.transforms) > 1 else 0
     transformed = fitted.transforms[index].apply(rows)
-    activation = fitted.group.rule.activation
-    assert activation is not None  # groups only hold quantized layers
+    activation = fitted.group.rule.activation or EIGHT_BITS
     edges, before, after = _count(rows, transformed)
     return LayerHistograms(
         edges,
@@ -135,11 +137,19 @@ def _fit(calibration: Path, model: str, recipe: Recipe, layer: str) -> FittedInp
     if group is None:
         return None
     chosen = {info.name: weights[info.name] for info in group.layers}
+    group = group._replace(rule=_plain_rounding(group.rule))
     return fit_input(group, chosen, statistics.layer(layer), set_steps(recipe, statistics), do_no_harm=False)
 
 
+def _plain_rounding(rule: LayerRule) -> LayerRule:
+    """The rule with weights rounded to nearest on searched ranges: looking at inputs must not wait for what is learnt."""
+    assert rule.weight is not None  # groups only hold quantized layers
+    weight = dataclasses.replace(rule.weight, range="mse") if rule.weight.range == "output" else rule.weight
+    return dataclasses.replace(rule, weight=weight, rounding="nearest")
+
+
 def _note(fitted: FittedInput) -> str:
-    if not fitted.group.rule.transforms:
+    if not any(fitted.group.rule.chains):
         return "This recipe does not transform inputs."
     gain = 10 * float(np.log10(max(fitted.error_without, 1e-30) / max(fitted.error_with, 1e-30)))
     if fitted.error_with <= fitted.error_without:
@@ -159,13 +169,12 @@ def _facts(rows: Tensor, spec: QuantSpec) -> Facts:
     values = rows.double().flatten()
     centred = values - values.mean()
     variance = centred.square().mean().clamp_min(1e-30)
-    grid = {"bits": spec.bits, "symmetric": spec.symmetric}
-    quantized = fake_quantize_tokens(rows, **grid) if spec.dynamic else fake_quantize_static(rows, rows, **grid)
+    grid = InputGrid(spec, (spec.clip,)) if spec.dynamic else InputGrid(spec, ranges=(range_of(rows, spec),))
     return Facts(
         absmax=float(values.abs().max()),
         kurtosis=float(centred.pow(4).mean() / variance.square()),
         clipped_share=_clipped_share(rows, spec.bits),
-        sqnr_db=sqnr_db(quantized, rows),
+        sqnr_db=sqnr_db(grid.round(rows), rows),
         peak=float(values.abs().max() / values.square().mean().sqrt().clamp_min(1e-30)),
     )
 

@@ -79,20 +79,48 @@ class InputObserver:
 
 
 class RangeObserver:
-    """Second pass: the least and largest value of the transformed input in each set's time group."""
+    """Second pass: the least and largest value of the transformed input, in all or in each of `count` time groups.
 
-    def __init__(self, name: str, time: TimeContext, transforms: Sequence[InputTransform]) -> None:
+    With a momentum they are exponential averages over the calls, first call first, as TFMQ-DM takes them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        time: TimeContext,
+        transforms: Sequence[InputTransform],
+        count: int | None = None,
+        momentum: float | None = None,
+    ) -> None:
         self.name = name
         self._time = time
         self._transforms = transforms
-        self.ranges = [(0.0, 0.0)] * len(transforms)  # zero always belongs to the range
+        self._momentum = momentum
+        self._ranges: list[tuple[float, float] | None] = [None] * (count or len(transforms))
+
+    @property
+    def ranges(self) -> list[tuple[float, float]]:
+        """Low and high of each group; zero always belongs to the range. A group never seen has that of its neighbour."""
+        seen = [index for index, values in enumerate(self._ranges) if values is not None]
+        if not seen:
+            return [(0.0, 0.0)] * len(self._ranges)
+        nearest = [min(seen, key=lambda other, index=index: abs(other - index)) for index in range(len(self._ranges))]
+        found = [self._ranges[index] or (0.0, 0.0) for index in nearest]
+        return [(min(low, 0.0), max(high, 0.0)) for low, high in found]
 
     def observe(self, x: Tensor) -> None:
         """Take in x (..., channels) at the present timestep."""
-        index = self._time.group if len(self._transforms) > 1 else 0
-        transformed = self._transforms[index].apply(x.detach().float())
-        low, high = self.ranges[index]
-        self.ranges[index] = (min(low, float(transformed.min())), max(high, float(transformed.max())))
+        transform = self._transforms[self._time.group if len(self._transforms) > 1 else 0]
+        transformed = transform.apply(x.detach().float())
+        low, high = float(transformed.min()), float(transformed.max())
+        index = self._time.group if len(self._ranges) > 1 else 0
+        before = self._ranges[index]
+        if before is not None and self._momentum is not None:
+            keep = self._momentum
+            low, high = keep * before[0] + (1 - keep) * low, keep * before[1] + (1 - keep) * high
+        elif before is not None:
+            low, high = min(low, before[0]), max(high, before[1])
+        self._ranges[index] = (low, high)
 
 
 @contextmanager

@@ -6,10 +6,10 @@ import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from trdq_core.errors import RecipeError
+from trdq_core.errors import RecipeError, ShapeError
 from trdq_core.kernels import dispatch
 from trdq_core.specs import LayerRule, Recipe
-from trdq_core.transforms.rotation import choose_block
+from trdq_core.transforms.steps import price
 
 PANEL = 64  # kernels pad the outputs of a packed weight to whole panels
 
@@ -97,7 +97,7 @@ def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, b
     sets = set_count(recipe, steps)
     planned: dict[str, LayerPlan] = {}
     for group in group_inputs(layers, recipe):
-        for row in _plan_group(group, sets, recipe, backend):
+        for row in _plan_group(group, sets, recipe.time.groups_in(steps), backend):
             planned[row.layer] = row
     rows = tuple(planned.get(layer.name) or _kept(layer, recipe) for layer in layers)
     quantized = [row for row in rows if row.action == "quantize"]
@@ -114,20 +114,24 @@ def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, b
     )
 
 
-def _plan_group(group: InputGroup, sets: int, recipe: Recipe, backend: dispatch.Backend) -> list[LayerPlan]:
+def _plan_group(group: InputGroup, sets: int, groups: int, backend: dispatch.Backend) -> list[LayerPlan]:
     rule = group.rule
-    if rule.weight is None or rule.activation is None:
+    if rule.weight is None:
         return []
     channels = group.layers[0].in_features
-    shared_bytes, words = _transform_price(group)
-    storage_bits = 4 if rule.weight.bits == 4 else 8
+    check_widths(group)
+    shared_bytes, words = _transform_price(group, groups)
+    activation_bits = 16 if rule.activation is None else rule.activation.bits
+    storage_bits = 4 if rule.weight.bits <= 4 else 8
     sizes = {"in_features": channels, "group_size": rule.weight.group_size or 0}
+    kernel = (
+        dispatch.kernel_name(storage_bits, activation_bits, backend, **sizes)
+        if rule.integer
+        else (f"simulated float32 (W{rule.weight.bits}A{activation_bits})")
+    )
     rows = []
     for index, layer in enumerate(group.layers):
-        padded = -(-layer.out_features // PANEL) * PANEL
-        scales = 4 * layer.out_features * (2 if rule.weight.symmetric else 3)
-        if rule.weight.group_size:
-            scales += padded * channels // rule.weight.group_size
+        rank = 2 * rule.low_rank.rank * layer.out_features if rule.low_rank is not None else 0
         rows.append(
             LayerPlan(
                 layer=layer.name,
@@ -135,39 +139,60 @@ def _plan_group(group: InputGroup, sets: int, recipe: Recipe, backend: dispatch.
                 in_features=channels,
                 out_features=layer.out_features,
                 action="quantize",
-                reason=f"shares the transform of {group.layers[0].name}" if index and rule.transforms else "",
+                reason=f"shares the transform of {group.layers[0].name}" if index and any(rule.chains) else "",
                 weight_bits=rule.weight.bits,
-                activation_bits=rule.activation.bits,
+                activation_bits=activation_bits,
                 transforms=words,
                 sets=sets,
-                kernel=dispatch.kernel_name(storage_bits, rule.activation.bits, backend, **sizes),
-                simulated=dispatch.is_simulated(backend, **sizes),
+                kernel=kernel,
+                simulated=not rule.integer or dispatch.is_simulated(backend, **sizes),
                 fp_bytes=4 * channels * layer.out_features,
-                weight_bytes=padded * channels * storage_bits // 8 + scales + (shared_bytes if index == 0 else 0),
+                weight_bytes=_weight_bytes(layer, rule) + rank + (shared_bytes if index == 0 else 0),
             )
         )
     return rows
 
 
-def _transform_price(group: InputGroup) -> tuple[int, str]:
-    """Bytes of the transform one set needs, and its description; checks that every block fits the width."""
-    channels = group.layers[0].in_features
-    outputs = sum(layer.out_features for layer in group.layers)
-    dense = any(spec.kind == "greedy_rotation" for spec in group.rule.transforms)
-    static = group.rule.activation is not None and not group.rule.activation.dynamic
-    total, words = (8 if static else 0), []  # one scale and one zero point
-    for spec in group.rule.transforms:
-        if spec.kind == "smooth":
-            total, words = total + 4 * channels, [*words, "scale"]
-            continue
-        block = choose_block(channels, outputs, spec.block, dense=dense, layer=group.layers[0].name)
-        if spec.kind == "greedy_rotation":
-            total, words = total + 2 * block * block, [*words, f"R{block}"]
-        elif spec.kind == "serpentine":
-            total, words = total + 4 * channels, [*words, "permute"]
-        else:
-            words = [*words, f"H{block}"]
-    return total, ", ".join(words) or "none"
+def check_widths(group: InputGroup) -> None:
+    """ShapeError, with the layer named, where a group size does not divide the width of the input."""
+    layer, rule = group.layers[0], group.rule
+    for label, spec in (("weight", rule.weight), ("activation", rule.activation)):
+        if spec is not None and spec.group_size is not None and layer.in_features % spec.group_size:
+            divisors = [d for d in (32, 64, 96, 128, 144, 192, 256) if layer.in_features % d == 0]
+            raise ShapeError(
+                f"{layer.name}: {label} group_size={spec.group_size} does not divide in_features={layer.in_features}; "
+                f"use one of {', '.join(map(str, divisors)) or 'its divisors'} or another granularity."
+            )
+
+
+def _weight_bytes(layer: LayerInfo, rule: LayerRule) -> int:
+    """Bytes of the weight of one set with its scales: in panels for the integer kernels, else as bit-packed codes."""
+    assert rule.weight is not None  # only quantized layers are priced
+    channels, outputs, spec = layer.in_features, layer.out_features, rule.weight
+    groups = channels // spec.group_size if spec.group_size else 1
+    if not rule.integer:
+        parameters = 1 if spec.symmetric and spec.grid == "uniform" else 2
+        return -(-channels * outputs * spec.bits // 8) + 4 * outputs * groups * parameters
+    padded = -(-outputs // PANEL) * PANEL
+    scales = 4 * outputs * (2 if spec.symmetric else 3) + (padded * groups if spec.group_size else 0)
+    return padded * channels * (4 if spec.bits <= 4 else 8) // 8 + scales
+
+
+def _transform_price(group: InputGroup, groups: int) -> tuple[int, str]:
+    """Bytes of what one set keeps for the input, and its description; checks that every block fits the width.
+
+    Of several chains to choose from the dearest counts.
+    """
+    activation, low_rank = group.rule.activation, group.rule.low_rank
+    total = 0
+    if activation is not None and not activation.dynamic and activation.grid == "uniform":
+        total += 8 * (groups if activation.per_time_group else 1)  # one scale and one zero point
+    if low_rank is not None:
+        total += 2 * low_rank.rank * group.layers[0].in_features
+    channels, outputs = group.layers[0].in_features, sum(layer.out_features for layer in group.layers)
+    prices = [price(chain, channels, outputs, layer=group.layers[0].name) for chain in group.rule.chains]
+    words = " or ".join(dict.fromkeys(each.words for each in prices))
+    return total + max(each.nbytes for each in prices), words
 
 
 def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:
@@ -187,7 +212,7 @@ def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:
 
 def _notes(recipe: Recipe, steps: int, sets: int, one_set: int) -> tuple[str, ...]:
     notes = []
-    if recipe.storage == "shared" and recipe.time.groups_in(steps) > 1:
+    if recipe.storage == "shared" and recipe.time.groups_in(steps) > 1 and any(any(r.chains) for r in recipe.rules):
         notes.append("shared storage: one transform is fitted on all groups together, an approximation of the method.")
     if recipe.storage == "resident" and sets > 1:
         notes.append(f"resident storage: all {sets} sets of packed weights stay in memory.")
@@ -195,8 +220,16 @@ def _notes(recipe: Recipe, steps: int, sets: int, one_set: int) -> tuple[str, ..
         notes.append(
             f"switched storage: one set of {one_set / 2**20:.1f} MiB in memory, {sets} in a file; {sets - 1} swaps a run."
         )
-    if any(rule.weight is not None and rule.weight.bits == 6 for rule in recipe.rules):
-        notes.append("6-bit weights are stored as int8: their quality is that of 6 bits, their size that of 8.")
+    real = [rule for rule in recipe.rules if rule.weight is not None and rule.integer]
+    for bits in sorted({rule.weight.bits for rule in real if rule.weight is not None} - {4, 8}):
+        stored = 4 if bits < 4 else 8
+        notes.append(
+            f"{bits}-bit weights are stored as int{stored}: their quality is that of {bits} bits, their size that of {stored}."
+        )
+    if any(rule.weight is not None and not rule.integer for rule in recipe.rules) or recipe.attention is not None:
+        notes.append(
+            "Simulated: no integer kernel takes all of these grids, so there are no times; sizes are of packed codes."
+        )
     if any(rule.activation is not None and rule.activation.bits < 8 for rule in recipe.rules):
         notes.append("Activations below 8 bits run through the int8 product: real integers, no further speed.")
     return tuple(notes)

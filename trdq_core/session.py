@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from trdq_core.calibration import calibrate, calibration_fingerprint, observe_ranges, store
-from trdq_core.convert import Conversion, Ranges, convert, convert_sharing_only
+from trdq_core.calibration import calibrate, calibration_fingerprint, store
+from trdq_core.convert import Conversion, convert, convert_sharing_only
 from trdq_core.errors import CalibrationError, StorageError
 from trdq_core.events import Progress
 from trdq_core.folders import RunFolder, data_folder, list_calibrations
 from trdq_core.kernels import dispatch
+from trdq_core.model_passes import make_passes
 from trdq_core.sampling import Conditioning, SampledModel, Trajectory
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeGroups
-from trdq_core.transforms.base import InputTransform
 
 
 @dataclass
@@ -98,10 +97,15 @@ def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None)
     session.stage("fit", f"Fitting {recipe.name}", recipe.name)
     reports = {"on_event": session.folder.emit, "cancelled": session.cancelled}
 
-    def second_pass(transforms: Mapping[str, Sequence[InputTransform]], groups: TimeGroups) -> Ranges:
-        session.stage("observe", f"Second pass: activation ranges of {recipe.name}", recipe.name)
-        return observe_ranges(session.model, statistics, transforms, groups, **reports)
-
+    passes = make_passes(
+        session.model,
+        statistics,
+        recipe,
+        folder=data_folder() / "reconstructions",
+        seed=session.spec.seed,
+        announce=lambda stage, label: session.stage(stage, label, recipe.name),
+        **reports,
+    )
     return convert(
         session.model.denoiser,
         session.model.linears(),
@@ -111,6 +115,6 @@ def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None)
         storage_folder=data_folder() / "sets",
         argument=session.model.timestep_argument,
         seed=session.spec.seed,
-        second_pass=second_pass,
+        passes=passes,
         **reports,
     )

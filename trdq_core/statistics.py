@@ -18,8 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError, StorageError
-from trdq_core.specs import TransformSpec
-from trdq_core.timegroups import TimeGroups
+from trdq_core.numerics.ranks import spearman
+from trdq_core.specs import TimeGroupSpec, TransformSpec
+from trdq_core.timegroups import TimeGroups, make_groups
 
 FORMAT_VERSION = 1
 FP16_MAX = 65504.0
@@ -45,15 +46,19 @@ class LayerStatistics:
         """The channel absmax at each timestep (timesteps, channels) fp32."""
         return self.item_absmax.float().amax(1)
 
-    def absmax(self, steps: Sequence[int], spec: TransformSpec) -> Tensor:
+    def absmax(self, steps: Sequence[int], spec: TransformSpec, weight_absmax: Tensor | None = None) -> Tensor:
         """The channel absmax (channels,) over some timesteps, merged as `spec` says.
 
         "max" is the largest seen; "ema" the exponential average over calibration items of the absmax, first item first,
-        as ViDiT-Q and TR-DQ do it.
+        as ViDiT-Q and TR-DQ do it; "spearman" the mean weighted by softmax(-rho), rho being each item's rank correlation
+        with the `weight_absmax` (channels,) of the linears: items whose large channels meet small weights have most to
+        gain (PTQ4DiT, arXiv 2405.16005). CalibrationError if that is asked for without `weight_absmax`.
         """
         chosen = self.item_absmax[list(steps)].float()
         if spec.absmax == "max":
             return chosen.amax((0, 1))
+        if spec.absmax == "spearman":
+            return _spearman_mean(chosen.flatten(0, 1), weight_absmax)
         merged = None
         for item in chosen.flatten(0, 1):
             merged = item if merged is None else spec.momentum * merged + (1 - spec.momentum) * item
@@ -71,6 +76,13 @@ class Statistics:
     timesteps: tuple[float, ...]  # in the order they were sampled, largest first
     layers: Mapping[str, LayerStatistics]  # by the name of the first linear that reads the input
     about: Mapping[str, Any]  # fingerprint, model, prompts, steps, guidance, seed, seconds
+
+    def groups(self, spec: TimeGroupSpec) -> TimeGroups:
+        """The time groups of `spec`, cut where these statistics say so if it leaves that to them."""
+        wanted = spec.kind == "dp"
+        return make_groups(
+            spec, self.timesteps, [layer.absmax_over_time() for layer in self.layers.values()] if wanted else ()
+        )
 
     def steps_of(self, groups: TimeGroups, group: int) -> list[int]:
         """Indices of the timesteps in a group; of the nearest timestep if the group saw none."""
@@ -130,3 +142,13 @@ class Statistics:
                 f"calibration {folder.name}: damaged ({error}); delete it and calibrate again."
             ) from error
         return cls(tuple(about["timesteps"]), layers, about)
+
+
+def _spearman_mean(items: Tensor, weight_absmax: Tensor | None) -> Tensor:
+    """The mean (channels,) of channel absmax (items, channels), those that correlate least with the weights counting most."""
+    if weight_absmax is None:
+        raise CalibrationError(
+            'absmax "spearman": it weighs calibration items by the weights; pass weight_absmax, or use "max" or "ema".'
+        )
+    rho = torch.tensor([spearman(item, weight_absmax.float()) for item in items])
+    return (-rho).softmax(0) @ items

@@ -15,6 +15,8 @@ from torch import nn
 from trdq_core.errors import RecipeError
 from trdq_core.specs import TIME_SPAN, TimeGroupSpec
 
+SMALLEST_ABSMAX = 1e-5  # a channel that never moves has no logarithm
+
 
 class TimeGroups(NamedTuple):
     """Intervals that tile [0, 1000]; `edges` are the rising inner borders, group 0 holds the smallest timesteps."""
@@ -36,16 +38,65 @@ class TimeGroups(NamedTuple):
         return [f"{low:g} to {high:g}" for low, high in itertools.pairwise(borders)]
 
 
-def make_groups(spec: TimeGroupSpec, timesteps: Sequence[float] = ()) -> TimeGroups:
-    """The groups of `spec`. Kind "per_step" puts borders halfway between neighbouring `timesteps` and needs them."""
+def make_groups(
+    spec: TimeGroupSpec, timesteps: Sequence[float] = (), absmax: Sequence[torch.Tensor] = ()
+) -> TimeGroups:
+    """The groups of `spec`. Kinds "per_step" and "dp" put borders halfway between neighbouring `timesteps` and need them.
+
+    "dp" cuts where the ranges of the layers change: `absmax` holds one (timesteps, channels) tensor a layer, its rows in the
+    order of `timesteps`. RecipeError if what a kind needs is missing.
+    """
     if spec.kind == "edges":
         return TimeGroups(spec.edges)
     if spec.kind == "uniform":
         return TimeGroups(tuple(TIME_SPAN * i / spec.count for i in range(1, spec.count)))
+    if not len(timesteps) or (spec.kind == "dp" and not len(absmax)):
+        raise RecipeError(
+            f"groups: {spec.kind} needs the timesteps of a calibration; calibrate first or choose uniform."
+        )
     rising = sorted(set(timesteps))
-    if not rising:
-        raise RecipeError("groups: per_step needs the timesteps of a calibration; calibrate first or choose uniform.")
-    return TimeGroups(tuple((a + b) / 2 for a, b in itertools.pairwise(rising)))
+    if spec.kind == "per_step":
+        cuts = range(1, len(rising))
+    else:
+        order = torch.tensor([list(timesteps).index(t) for t in rising])
+        cuts = segment_cuts([layer[order] for layer in absmax], spec.count)
+    return TimeGroups(tuple((rising[cut - 1] + rising[cut]) / 2 for cut in cuts))
+
+
+def segment_cuts(absmax: Sequence[torch.Tensor], count: int) -> list[int]:
+    """Where to cut T rows into `count` runs of least variance: the rising first indices of all runs but the first.
+
+    `absmax` holds channel ranges (T, channels), one tensor a layer. The sum over layers, each counting as much as another,
+    of the squared deviations of log absmax from its mean within the run is the least possible: dynamic programming over all
+    cuts, O(T^2 count). Where T < count every row is a run.
+    """
+    steps = absmax[0].shape[0]
+    count = min(count, steps)
+    # The deviations within a run are half the mean of all squared distances within it, so one (T, T) table holds them all.
+    distance = torch.zeros(steps, steps, dtype=torch.float64)
+    for layer in absmax:
+        logs = layer.double().clamp_min(SMALLEST_ABSMAX).log()
+        distance += torch.cdist(logs, logs, compute_mode="donot_use_mm_for_euclid_dist").square() / logs.shape[1]
+    sums = torch.nn.functional.pad(distance.cumsum(0).cumsum(1), (1, 0, 1, 0)).tolist()
+
+    def cost(first: int, end: int) -> float:
+        inside = sums[end][end] - sums[first][end] - sums[end][first] + sums[first][first]
+        return inside / (2 * (end - first))
+
+    best = [cost(0, end) if end else 0.0 for end in range(steps + 1)]
+    choices: list[list[int]] = []
+    for runs in range(2, count + 1):
+        chosen = [
+            min(range(runs - 1, end), key=lambda cut, end=end: best[cut] + cost(cut, end)) if end >= runs else 0
+            for end in range(steps + 1)
+        ]
+        best = [best[cut] + cost(cut, end) if end >= runs else 0.0 for end, cut in enumerate(chosen)]
+        choices.append(chosen)
+    cuts, end = [], steps
+    for chosen in reversed(choices):
+        end = chosen[end]
+        cuts.append(end)
+    return cuts[::-1]
 
 
 class TimeContext:

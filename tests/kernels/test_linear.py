@@ -249,10 +249,10 @@ def test_operators_pass_torchs_own_checks(cpp: ModuleType, bits: int) -> None:
     stages = make_stages(64, scale=True, rotation=32, permute=True, hadamard=32)
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(torch.ops.trdq.transform, (x, *stages), test_utils=checks)
-    torch.library.opcheck(torch.ops.trdq.quantize_activation, (x, *stages, 8, True, None, None), test_utils=checks)
+    torch.library.opcheck(torch.ops.trdq.quantize_activation, (x, *stages, 8, True, None, None, 0.9), test_utils=checks)
     levels = cpp.quantize_activation(x, stages, 8, True)
     torch.library.opcheck(torch.ops.trdq.linear, (*levels, *weight, torch.ones(70)), test_utils=checks)
-    arguments = (x, *stages, 8, True, None, None, *weight, torch.ones(70))
+    arguments = (x, *stages, 8, True, None, None, 0.9, *weight, torch.ones(70))
     torch.library.opcheck(torch.ops.trdq.linear_from_float, arguments, test_utils=checks)
 
 

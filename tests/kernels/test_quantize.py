@@ -54,6 +54,17 @@ def test_levels_without_stages_are_bit_equal(
     assert_same_levels(backend.quantize_activation(x, NO_STAGES, bits, symmetric), expected)
 
 
+@pytest.mark.parametrize("clip", [0.9, 0.5])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_clipped_range_saturates_alike(backend: ModuleType, symmetric: bool, clip: float) -> None:
+    """The clip factor scales the live range: same levels everywhere, and the largest value ends at the last one."""
+    x = make_input(31, 384)
+    expected = reference.quantize_activation(x, NO_STAGES, 4, symmetric, None, clip)
+    assert_same_levels(backend.quantize_activation(x, NO_STAGES, 4, symmetric, None, clip), expected)
+    full = reference.quantize_activation(x, NO_STAGES, 4, symmetric)
+    torch.testing.assert_close(expected.scale, full.scale * clip)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounding_ties_go_to_even(backend: ModuleType, symmetric: bool) -> None:
     """Values exactly between two levels end at the even one, as in the reference."""

@@ -14,8 +14,9 @@ from trdq_core.errors import RecipeError, ShapeError
 from trdq_core.kernels import dispatch
 from trdq_core.nn import attention as module
 from trdq_core.nn.attention import Map, SharedAttention, attend, check_attention, map_blocks, score_rows
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
-from trdq_core.nn.linear import QuantizedLinear, pack
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.presets import make_recipe
 from trdq_core.timegroups import TimeContext, TimeGroups
 from trdq_core.transforms.fit import fit_transform
@@ -246,10 +247,10 @@ def quantize(attention: Attention, method: str, time: TimeContext) -> InputQuant
     weights = [linear.weight.detach() for linear in linears.values()]
     transform = fit_transform(rule.transforms, rows=rows, absmax=rows.abs().amax(0), weights=weights, seed=0)
     backend = dispatch.select_backend(torch.device("cpu"))
-    quantizer = InputQuantizer([transform], bits=8, symmetric=False, time=time, backend=backend, readers=3)
+    quantizer = InputQuantizer([transform], InputGrid(rule.activation), time=time, backend=backend, readers=3)
     for index, (name, linear) in enumerate(linears.items()):
-        packed = pack(quantize_weight(transform.apply_to_weight(linear.weight.detach()), rule.weight))
-        layer = QuantizedLinear([packed], linear.bias, quantizer, owns_input=index == 0, weight_bits=8)
+        weight = quantize_weight(transform.apply_to_weight(linear.weight.detach()), rule.weight)
+        layer = QuantizedLinear([weight], linear.bias, quantizer, owns_input=index == 0)
         setattr(attention, name, layer)
     return quantizer
 

@@ -7,8 +7,9 @@ import torch
 from torch import nn
 
 from trdq_core.kernels import dispatch
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
-from trdq_core.nn.linear import QuantizedLinear, pack
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import module_bytes
 from trdq_core.numerics.affine import fake_quantize_tokens
 from trdq_core.presets import make_recipe
@@ -33,10 +34,8 @@ def make(
     ]
     weights = [quantize_weight(t.apply_to_weight(linear.weight.detach()), rule.weight) for t in transforms]
     time = TimeContext(TimeGroups((500.0,)) if sets > 1 else TimeGroups())
-    quantizer = InputQuantizer(transforms, bits=activation_bits, symmetric=False, time=time, backend=backend)
-    layer = QuantizedLinear(
-        [pack(w) for w in weights], linear.bias, quantizer, owns_input=True, weight_bits=weight_bits
-    )
+    quantizer = InputQuantizer(transforms, InputGrid(rule.activation), time=time, backend=backend)
+    layer = QuantizedLinear(weights, linear.bias, quantizer, owns_input=True)
     return layer, linear, x, transforms, weights, time
 
 
@@ -76,9 +75,7 @@ def test_siblings_transform_their_input_once(monkeypatch: pytest.MonkeyPatch) ->
     layer, linear, x, _, weights, _ = make()
     quantizer = layer.input_quantizer
     quantizer.readers = 3
-    siblings = [
-        QuantizedLinear([pack(weights[0])], linear.bias, quantizer, owns_input=False, weight_bits=4) for _ in range(2)
-    ]
+    siblings = [QuantizedLinear([weights[0]], linear.bias, quantizer, owns_input=False) for _ in range(2)]
     calls = []
     original = dispatch.quantize_activation
     monkeypatch.setattr(dispatch, "quantize_activation", lambda *a, **k: calls.append(1) or original(*a, **k))

@@ -1,4 +1,4 @@
-"""Invariant 1: rotations are orthogonal."""
+"""Hadamard matrices of all sizes that the constructions reach, and the block transform."""
 
 from __future__ import annotations
 
@@ -9,17 +9,30 @@ from trdq_core.errors import ShapeError
 from trdq_core.numerics.hadamard import hadamard, largest_block, rotate_blocks
 
 
-@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32, 64, 128, 256])
-def test_001_hadamard_is_orthogonal_symmetric_and_made_of_one_magnitude(size: int) -> None:
-    matrix = hadamard(size)
+def assert_hadamard(matrix: torch.Tensor) -> None:
+    size = matrix.shape[0]
     assert (matrix @ matrix.T - torch.eye(size)).abs().max() <= 1e-12
-    assert torch.equal(matrix, matrix.T)
     assert torch.allclose(matrix.abs(), torch.full_like(matrix, size**-0.5))
 
 
-def test_only_powers_of_two() -> None:
-    with pytest.raises(ShapeError, match="12; allowed are powers of two"):
-        hadamard(12)
+@pytest.mark.parametrize("size", [1, 2, 4, 8, 16, 32, 64, 128, 256])
+def test_invariant_01_powers_of_two_are_orthogonal_and_symmetric(size: int) -> None:
+    matrix = hadamard(size)
+    assert_hadamard(matrix)
+    assert torch.equal(matrix, matrix.T)
+
+
+# First construction 12, 20, 60, 108, 140; second 28, 36, 148; over the square of a prime 52, 100; doubled: the rest,
+# which are widths of transformers or parts of them.
+@pytest.mark.parametrize("size", [12, 20, 24, 28, 36, 40, 52, 60, 72, 100, 108, 140, 144, 148, 288, 384, 640, 1152])
+def test_invariant_01_other_sizes_are_orthogonal(size: int) -> None:
+    assert_hadamard(hadamard(size))
+
+
+@pytest.mark.parametrize("size", [-4, 0, 3, 6, 18, 92, 156, 172])
+def test_sizes_out_of_reach_are_refused(size: int) -> None:
+    with pytest.raises(ShapeError, match=rf"Hadamard size: got {size}; allowed are powers of two, and K \* 2\^m"):
+        hadamard(size)
 
 
 def test_blocks_are_rotated_apart() -> None:
@@ -30,7 +43,7 @@ def test_blocks_are_rotated_apart() -> None:
     assert torch.allclose(rotated[0, 4:].abs(), torch.full((4,), 0.5, dtype=torch.float64))
 
 
-def test_009_a_block_that_does_not_divide_is_refused() -> None:
+def test_invariant_09_a_block_that_does_not_divide_is_refused() -> None:
     with pytest.raises(ShapeError, match="64 does not divide 96"):
         rotate_blocks(torch.zeros(1, 96), hadamard(64))
 

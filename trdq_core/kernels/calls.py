@@ -33,6 +33,7 @@ def quantize_rows(
     bits: int,
     symmetric: bool,
     static: StaticGrid | None,
+    clip: float = 1.0,
 ) -> QuantizedActivation:
     """Levels of T(x) for x of (tokens, in_features)."""
     x, stages = _plain(x, torch.float32), _plain_stages(stages)
@@ -51,6 +52,7 @@ def quantize_rows(
         symmetric,
         _pointer(grid[0]),
         _pointer(grid[1]),
+        clip,
         values.data_ptr(),
         scale.data_ptr(),
         zero_point.data_ptr(),
@@ -101,6 +103,7 @@ def linear_from_float(
     bits: int,
     symmetric: bool,
     static: StaticGrid | None,
+    clip: float = 1.0,
 ) -> Tensor:
     """(tokens, out_features) float32 for x of (tokens, in_features): both steps in one call, no levels allocated."""
     x, stages = _plain(x, torch.float32), _plain_stages(stages)
@@ -116,6 +119,7 @@ def linear_from_float(
         symmetric,
         _pointer(grid[0]),
         _pointer(grid[1]),
+        clip,
         weight.out_features,
         *_weight_arguments(weight),
         _pointer(bias),

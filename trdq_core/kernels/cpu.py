@@ -49,15 +49,20 @@ def transform(x: Tensor, stages: InputStages = NO_STAGES) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, stages: InputStages, bits: int, symmetric: bool, static: StaticGrid | None = None
+    x: Tensor,
+    stages: InputStages,
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    clip: float = 1.0,
 ) -> QuantizedActivation:
     """Levels of T(x), as in `reference.quantize_activation`, in one pass over tiles of rows."""
     check_bits(bits)
     rows = _rows(x, stages)
     if torch.compiler.is_compiling():
         grid = (None, None) if static is None else static
-        return QuantizedActivation(*operators.quantize_activation(rows, *stages, bits, symmetric, *grid))
-    return calls.quantize_rows(native.load().functions, rows, stages, bits, symmetric, static)
+        return QuantizedActivation(*operators.quantize_activation(rows, *stages, bits, symmetric, *grid, clip))
+    return calls.quantize_rows(native.load().functions, rows, stages, bits, symmetric, static, clip)
 
 
 def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -80,18 +85,19 @@ def linear_from_float(
     bits: int,
     symmetric: bool,
     static: StaticGrid | None = None,
+    clip: float = 1.0,
 ) -> Tensor:
     """(tokens, out_features) float32 from x (..., in_features): `quantize_activation` and `linear` in one call."""
     if not fits_panels(weight.in_features, weight.group_size):
-        return linear(quantize_activation(x, stages, bits, symmetric, static), weight, bias)
+        return linear(quantize_activation(x, stages, bits, symmetric, static, clip), weight, bias)
     check_bits(bits)
     rows = _rows(x, stages)
     check_product(rows, weight, bias)
     _check_cpu(weight.data)
     if torch.compiler.is_compiling():
         grid = (None, None) if static is None else static
-        return operators.linear_from_float(rows, *stages, bits, symmetric, *grid, *weight, bias)
-    return calls.linear_from_float(native.load().functions, rows, stages, weight, bias, bits, symmetric, static)
+        return operators.linear_from_float(rows, *stages, bits, symmetric, *grid, clip, *weight, bias)
+    return calls.linear_from_float(native.load().functions, rows, stages, weight, bias, bits, symmetric, static, clip)
 
 
 def fits_panels(in_features: int, group_size: int) -> bool:

@@ -72,11 +72,12 @@ def quantize_activation(
     bits: int,
     symmetric: bool,
     static: StaticGrid | None = None,
+    clip: float = 1.0,
     *,
     backend: Backend | None = None,
 ) -> QuantizedActivation:
     """Levels of T(x) for x of (..., in_features); see `reference.quantize_activation` for the grid."""
-    return _module(x, backend).quantize_activation(x, stages, bits, symmetric, static)
+    return _module(x, backend).quantize_activation(x, stages, bits, symmetric, static, clip)
 
 
 def linear(
@@ -98,15 +99,16 @@ def linear_from_float(
     bits: int,
     symmetric: bool,
     static: StaticGrid | None = None,
+    clip: float = 1.0,
     *,
     backend: Backend | None = None,
 ) -> Tensor:
     """(..., out_features) in the dtype of x, (..., in_features): quantization of T(x), then the product."""
     module = _module(x, backend)
     if module is cpu:
-        y = cpu.linear_from_float(x, stages, weight, bias, bits, symmetric, static)
+        y = cpu.linear_from_float(x, stages, weight, bias, bits, symmetric, static, clip)
     else:
-        y = module.linear(module.quantize_activation(x, stages, bits, symmetric, static), weight, bias)
+        y = module.linear(module.quantize_activation(x, stages, bits, symmetric, static, clip), weight, bias)
     return y.view(*x.shape[:-1], weight.out_features).to(x.dtype)
 
 

@@ -47,11 +47,12 @@ def quantize_activation(
     symmetric: bool,
     static_scale: Tensor | None,
     static_zero_point: Tensor | None,
+    clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """values, scale, zero_point and row_sum of T(x) for x of (tokens, in_features)."""
     stages = InputStages(inverse_scale, rotation, permutation, hadamard_block, second_rotation)
     static = _grid(static_scale, static_zero_point)
-    return tuple(calls.quantize_rows(native.load().functions, x, stages, bits, symmetric, static))
+    return tuple(calls.quantize_rows(native.load().functions, x, stages, bits, symmetric, static, clip))
 
 
 @quantize_activation.register_fake
@@ -66,6 +67,7 @@ def _(
     symmetric: bool,
     static_scale: Tensor | None,
     static_zero_point: Tensor | None,
+    clip: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens = x.shape[0]
     return (
@@ -141,6 +143,7 @@ def linear_from_float(
     symmetric: bool,
     static_scale: Tensor | None,
     static_zero_point: Tensor | None,
+    clip: float,
     data: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,
@@ -157,7 +160,7 @@ def linear_from_float(
     sizes = (weight_bits, group_size, in_features, out_features)
     weight = PackedWeight(data, weight_scale, weight_zero_point, column_sum, group_scale, *sizes)
     static = _grid(static_scale, static_zero_point)
-    return calls.linear_from_float(native.load().functions, x, stages, weight, bias, bits, symmetric, static)
+    return calls.linear_from_float(native.load().functions, x, stages, weight, bias, bits, symmetric, static, clip)
 
 
 @linear_from_float.register_fake
@@ -172,6 +175,7 @@ def _(
     symmetric: bool,
     static_scale: Tensor | None,
     static_zero_point: Tensor | None,
+    clip: float,
     data: Tensor,
     weight_scale: Tensor,
     weight_zero_point: Tensor | None,

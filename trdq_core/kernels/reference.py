@@ -29,19 +29,24 @@ def transform(x: Tensor, stages: InputStages = NO_STAGES) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, stages: InputStages, bits: int, symmetric: bool, static: StaticGrid | None = None
+    x: Tensor,
+    stages: InputStages,
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    clip: float = 1.0,
 ) -> QuantizedActivation:
     """Levels of T(x), x being (..., in_features); one grid per token, or `static` for all of them.
 
     Symmetric: scale = max(absmax, 1e-12) / (2^(bits-1) - 1), levels clipped to +-(2^(bits-1) - 1), stored + 128.
     Asymmetric: scale = max(hi - lo, 1e-12) / (2^bits - 1) with lo <= 0 <= hi, zero_point = round(-lo / scale).
-    Rounding is half to even.
+    Live extremes are multiplied by `clip` first, so that what lies outside saturates. Rounding is half to even.
     """
     check_bits(bits)
     check_input(x, stages)
     rows = x.reshape(-1, x.shape[-1])
     values = apply_stages(rows.double(), stages).float() if not stages.empty else rows.float()
-    return quantize_rows(values, bits, symmetric, static)
+    return quantize_rows(values, bits, symmetric, static, clip)
 
 
 def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -70,7 +75,9 @@ def apply_stages(x: Tensor, stages: InputStages) -> Tensor:
     return x
 
 
-def quantize_rows(x: Tensor, bits: int, symmetric: bool, static: StaticGrid | None) -> QuantizedActivation:
+def quantize_rows(
+    x: Tensor, bits: int, symmetric: bool, static: StaticGrid | None, clip: float = 1.0
+) -> QuantizedActivation:
     """Levels of float32 rows (tokens, in_features); the arithmetic that every backend must reproduce."""
     half, levels = 2 ** (bits - 1) - 1, 2**bits - 1
     low, high = (128 - half, 128 + half) if symmetric else (0, levels)
@@ -78,10 +85,10 @@ def quantize_rows(x: Tensor, bits: int, symmetric: bool, static: StaticGrid | No
         scale = static.scale.float().reshape(1).expand(x.shape[0])
         zero_point = static.zero_point.float().reshape(1).clamp(0, 255).expand(x.shape[0])
     elif symmetric:
-        scale = _absmax(x).clamp_min(SMALLEST_RANGE) / half
+        scale = (_absmax(x) * clip).clamp_min(SMALLEST_RANGE) / half
         zero_point = torch.full_like(scale, 128.0)
     else:
-        lo, hi = _extremes(x)
+        lo, hi = (extreme * clip for extreme in _extremes(x))
         scale = (hi - lo).clamp_min(SMALLEST_RANGE) / levels
         zero_point = torch.round(-lo / scale).clamp(0, levels)
     # The zero point is whole, so clipping before adding it gives the same levels and cannot overflow.

@@ -20,13 +20,13 @@ def failure(library: ctypes.CDLL) -> str | None:
     for stages in (NO_STAGES, _all_stages(generator)):
         if not torch.allclose(calls.transform_rows(library, x, stages), reference.transform(x, stages), atol=TOLERANCE):
             return _sentence("transform")
-        for symmetric, static in (
-            (True, None),
-            (False, None),
-            (False, StaticGrid(torch.tensor(0.02), torch.tensor(120.0))),
+        for symmetric, static, clip in (
+            (True, None, 0.9),
+            (False, None, 1.0),
+            (False, StaticGrid(torch.tensor(0.02), torch.tensor(120.0)), 1.0),
         ):
-            ours = calls.quantize_rows(library, x, stages, 8, symmetric, static)
-            theirs = reference.quantize_activation(x, stages, 8, symmetric, static)
+            ours = calls.quantize_rows(library, x, stages, 8, symmetric, static, clip)
+            theirs = reference.quantize_activation(x, stages, 8, symmetric, static, clip)
             if int((ours.values.int() - theirs.values.int()).abs().max()) > 1:
                 return _sentence("quantization")
     return _product_failure(library, x, generator)

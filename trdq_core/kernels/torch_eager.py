@@ -40,13 +40,18 @@ def transform(x: Tensor, stages: InputStages = NO_STAGES) -> Tensor:
 
 
 def quantize_activation(
-    x: Tensor, stages: InputStages, bits: int, symmetric: bool, static: StaticGrid | None = None
+    x: Tensor,
+    stages: InputStages,
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    clip: float = 1.0,
 ) -> QuantizedActivation:
     """Levels of T(x), as in `reference.quantize_activation`, with T in float32."""
     check_bits(bits)
     check_input(x, stages)
     rows = x.reshape(-1, x.shape[-1]).float()
-    return quantize_rows(apply_stages(rows, stages), bits, symmetric, static)
+    return quantize_rows(apply_stages(rows, stages), bits, symmetric, static, clip)
 
 
 def has_integer_product(device: torch.device, in_features: int = 0, out_features: int = 0, tokens: int = 32) -> bool:

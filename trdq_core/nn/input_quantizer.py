@@ -4,61 +4,87 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trdq_core.kernels import dispatch
 from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivation, StaticGrid
 from trdq_core.nn.buffers import keep_dtypes
-from trdq_core.numerics.affine import choose_qparams
+from trdq_core.nn.input_grid import InputGrid, stacked
 from trdq_core.timegroups import TimeContext
 from trdq_core.transforms.base import InputTransform
 
 _STACKED = ("inverse_scale", "rotation", "permutation", "second_rotation")
 
 
-def static_grid(low: float, high: float, *, bits: int, symmetric: bool) -> StaticGrid:
-    """One grid for all tokens that spans low..high; its zero point is in the unsigned 8-bit domain of the kernels."""
-    scale, zero_point = choose_qparams(torch.tensor([low]), torch.tensor([high]), bits=bits, symmetric=symmetric)
-    return StaticGrid(scale, torch.full_like(scale, 128.0) if zero_point is None else zero_point)
+class QuantizedInput(NamedTuple):
+    """What the linears behind one input share: its integers (floats on the grid where simulated), the low-rank product."""
+
+    values: QuantizedActivation | Tensor
+    low_rank: Tensor | None  # (tokens, rank)
+
+    def rows(self, first: int) -> QuantizedInput:
+        """The tokens from `first` on; nothing is copied or quantized again."""
+        values = self.values[first:] if isinstance(self.values, Tensor) else self.values.rows(first)
+        return QuantizedInput(values, None if self.low_rank is None else self.low_rank[first:])
 
 
 class InputQuantizer(nn.Module):
     """Quantizes a linear's input after the transform of the present time group: per token from the live values, or on a
-    static grid where `ranges` (one low, high for each set) are given.
+    static grid. Grids that no integer kernel takes are rounded in floating point (`simulated`).
 
-    Buffers hold one slice a resident set: (sets, ...). q, k and v of one attention share a quantizer: the last result is
-    remembered as long as the very same tensor comes in again, so the work is done once.
+    Buffers hold one slice a resident set: (sets, ...); static grids one a set or one a time group. q, k and v of one
+    attention share a quantizer: the last result is remembered as long as the very same tensor comes in again, so the work
+    is done once. `low_rank_down` (rank, channels) of each set acts on the untransformed input.
     """
 
     def __init__(
         self,
         transforms: Sequence[InputTransform],
+        grid: InputGrid,
         *,
-        bits: int,
-        symmetric: bool,
         time: TimeContext,
         backend: dispatch.Backend,
         readers: int = 1,
-        ranges: Sequence[tuple[float, float]] | None = None,
+        simulated: bool = False,
+        low_rank_down: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
-        self.bits, self.symmetric, self.time, self.backend = bits, symmetric, time, backend
+        self.grid, self.time, self.backend, self.readers = grid, time, backend, readers
+        self.simulated = simulated or not grid.integer
         self.sets = len(transforms)
         self.hadamard_block = transforms[0].hadamard_block
-        self.readers = readers
         for name in _STACKED:
             parts = [getattr(transform, name) for transform in transforms]
             self.register_buffer(name, None if parts[0] is None else torch.stack(parts))
-        grids = [static_grid(low, high, bits=bits, symmetric=symmetric) for low, high in ranges or ()]
-        self.register_buffer("static_scale", torch.stack([g.scale for g in grids]) if grids else None)
-        self.register_buffer("static_zero_point", torch.stack([g.zero_point for g in grids]) if grids else None)
+        scale, zero_point = stacked(grid.static_grids())
+        self.register_buffer("static_scale", scale)
+        self.register_buffer("static_zero_point", zero_point)
+        down = torch.stack([part.half() for part in low_rank_down]) if low_rank_down else None
+        self.register_buffer("low_rank_down", down)
+        self.file_bytes = sum(buffer.nbytes for buffer in self.buffers())
         self._stages: list[InputStages] | None = None
         self._last: tuple[Any, ...] | None = None
 
-    def forward(self, x: Tensor) -> QuantizedActivation:
+    @property
+    def bits(self) -> int:
+        """Bits of the input; 16 stands for floating point."""
+        return 16 if self.grid.spec is None else self.grid.spec.bits
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the grid has no zero point."""
+        return self.grid.spec is None or self.grid.spec.symmetric
+
+    @property
+    def set_index(self) -> int:
+        """Which of the resident sets the present time group uses."""
+        return self.time.group if self.sets > 1 else 0
+
+    def forward(self, x: Tensor) -> QuantizedInput:
         """x (..., channels) as integers (tokens, channels) with scale and zero point for each token."""
         # Inference tensors carry no version, so a change in place could not be seen: they are never remembered.
         remember = self.readers > 1 and not x.is_inference()
@@ -73,23 +99,43 @@ class InputQuantizer(nn.Module):
         self._last = (weakref.ref(x), key, result, 1) if remember else None
         return result
 
-    def quantize(self, x: Tensor) -> QuantizedActivation:
+    def quantize(self, x: Tensor) -> QuantizedInput:
         """What `forward` gives, without looking at or touching what is remembered."""
-        return dispatch.quantize_activation(
-            x, self.stages(), self.bits, self.symmetric, self._static(), backend=self.backend
-        )
+        if self.simulated:
+            transformed = dispatch.transform(x, self.stages(), backend=self.backend)
+            values = self.grid.round(transformed.reshape(-1, x.shape[-1]).float(), self.time.group)
+        else:
+            values = dispatch.quantize_activation(
+                x, self.stages(), self.bits, self.symmetric, self._static(), self._clip(), backend=self.backend
+            )
+        return QuantizedInput(values, self.low_rank_product(x))
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-        """Quantize x (..., channels) and multiply at once: (..., out_features) in x's dtype."""
+        """Quantize x (..., channels) and multiply at once, without the low-rank part: (..., out_features) in x's dtype."""
         return dispatch.linear_from_float(
-            x, self.stages(), weight, bias, self.bits, self.symmetric, self._static(), backend=self.backend
+            x,
+            self.stages(),
+            weight,
+            bias,
+            self.bits,
+            self.symmetric,
+            self._static(),
+            self._clip(),
+            backend=self.backend,
         )
+
+    def low_rank_product(self, x: Tensor) -> Tensor | None:
+        """x (..., channels) through the first factor of the low-rank branch: (tokens, rank) fp32; None without a branch."""
+        if self.low_rank_down is None:
+            return None
+        rows = x.reshape(-1, x.shape[-1]).float()
+        return functional.linear(rows, self.low_rank_down[self.set_index].float())
 
     def stages(self) -> InputStages:
         """The transform of the present time group, as the kernels take it."""
         if self._stages is None:
             self._stages = [self._stage(i) for i in range(self.sets)]
-        stages = self._stages[self.time.group if self.sets > 1 else 0]
+        stages = self._stages[self.set_index]
         if stages.rotation is None and stages.second_rotation is None:
             return stages
         # Widened at each call: a kept fp32 copy would double what rotations cost in memory.
@@ -102,8 +148,12 @@ class InputQuantizer(nn.Module):
     def _static(self) -> StaticGrid | None:
         if self.static_scale is None:
             return None
-        index = self.time.group if self.sets > 1 else 0
+        index = self.time.group if len(self.static_scale) > 1 else 0
         return StaticGrid(self.static_scale[index], self.static_zero_point[index])
+
+    def _clip(self) -> float:
+        clips = self.grid.clips
+        return clips[self.time.group if len(clips) > 1 else 0]
 
     def refresh(self) -> None:
         """Forget what was derived from the buffers; call it after their contents changed."""

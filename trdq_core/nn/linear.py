@@ -6,81 +6,115 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from trdq_core.kernels import dispatch
-from trdq_core.kernels.types import PackedWeight, QuantizedActivation
+from trdq_core.kernels.types import PackedWeight
 from trdq_core.nn.buffers import keep_dtypes
-from trdq_core.nn.input_quantizer import InputQuantizer
-from trdq_core.weights.rounding import QuantizedWeight
-
-_STACKED = ("qweight", "weight_scale", "weight_zero_point", "column_sum", "group_scale")
-
-
-def pack(weight: QuantizedWeight) -> PackedWeight:
-    """Integer weights in the layout that the matrix products read; 6-bit weights are stored as int8."""
-    return dispatch.pack_weight(
-        weight.values,
-        weight.scale,
-        zero_point=weight.zero_point,
-        group_scale=weight.group_scale,
-        bits=4 if weight.bits == 4 else 8,
-    )
+from trdq_core.nn.input_quantizer import InputQuantizer, QuantizedInput
+from trdq_core.nn.stored_weights import (
+    CODED_FIELDS,
+    PACKED_FIELDS,
+    coded_buffers,
+    dense_weight,
+    pack,
+    packed_buffers,
+    shape_only,
+    storage_bits,
+)
+from trdq_core.weights.rounding import QuantizedWeight, Weight, packed_bytes
 
 
 class QuantizedLinear(nn.Module):
-    """y = Q_A(T(x)) Q_W(T*(W))^T + bias with integer weights and activations.
+    """y = Q_A(T(x)) Q_W(T*(W) - L)^T + T(x) L^T + bias, the low-rank part L being optional.
 
-    Buffers hold one slice a resident set: (sets, ...); the present time group picks the slice. `input_quantizer` is a child of
-    the first linear that reads a tensor; its siblings only refer to it, so that nothing is stored twice.
+    With integer grids on both sides it holds packed weights and runs integer kernels. Else it holds bit-packed codes and
+    multiplies in floating point: right results, labelled `simulated`. Buffers hold one slice a resident set: (sets, ...);
+    the present time group picks the slice. `input_quantizer` is a child of the first linear that reads a tensor; its
+    siblings only refer to it, so that nothing is stored twice. `low_rank_up` is (out, rank) for each set.
     """
 
     def __init__(
         self,
-        packed: Sequence[PackedWeight],
+        weights: Sequence[Weight],
         bias: Tensor | None,
         input_quantizer: InputQuantizer,
         *,
         owns_input: bool,
-        weight_bits: int,
+        low_rank_up: Sequence[Tensor] = (),
     ) -> None:
         super().__init__()
-        first = packed[0]
-        self.in_features, self.out_features = first.in_features, first.out_features
-        self.storage_bits, self.group_size, self.sets = first.bits, first.group_size, len(packed)
-        self.weight_bits = weight_bits
-        fields = dict(zip(_STACKED, ("data", "scale", "zero_point", "column_sum", "group_scale"), strict=True))
-        for name, field in fields.items():
-            parts = [getattr(weight, field) for weight in packed]
-            self.register_buffer(name, None if parts[0] is None else torch.stack(parts))
+        first = weights[0]
+        self.integer = not input_quantizer.simulated and isinstance(first, QuantizedWeight)
+        self.weight_bits, self.sets = first.bits, len(weights)
+        self.out_features, self.in_features = (
+            first.values if isinstance(first, QuantizedWeight) else first.codes
+        ).shape
+        self.group_size = first.group_size
+        self.storage_bits = storage_bits(first.bits) if self.integer else first.bits
+        self.file_bytes = sum(packed_bytes(weight) for weight in weights)
+        names = list(PACKED_FIELDS) if self.integer else ["codes", *CODED_FIELDS]
+        buffers = packed_buffers([pack(w) for w in weights]) if self.integer else coded_buffers(weights)
+        for name in names:
+            self.register_buffer(name, buffers.get(name))
+        self._like = None if self.integer else shape_only(first)
+        up = torch.stack([part.half() for part in low_rank_up]) if low_rank_up else None
+        self.register_buffer("low_rank_up", up)
+        self.file_bytes += 0 if up is None else up.nbytes
         self.register_buffer("bias", None if bias is None else bias.detach().float().clone())
         if owns_input:
             self.input_quantizer = input_quantizer
         else:
             object.__setattr__(self, "input_quantizer", input_quantizer)
         self._packed: list[PackedWeight] | None = None
+        self._dense: dict[int, Tensor] = {}
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         """x (..., in_features) to (..., out_features) in x's dtype."""
         quantizer = self.input_quantizer
-        if quantizer.readers == 1:  # nobody else needs the integers: one call into the kernels instead of two
-            return quantizer.linear(x, self.packed_weight(), self.bias)
-        return self.product(quantizer(x), x)
+        if not self.integer or quantizer.readers > 1:
+            return self.product(quantizer(x), x)
+        # Nobody else needs the integers: one call into the kernels instead of two.
+        y = quantizer.linear(x, self.packed_weight(), self.bias)
+        return self._with_low_rank(y, quantizer.low_rank_product(x))
 
-    def product(self, activation: QuantizedActivation, x: Tensor) -> Tensor:
+    def product(self, seen: QuantizedInput, x: Tensor) -> Tensor:
         """The output for an input that is quantized already: (..., out_features) with the leading sizes and dtype of x."""
-        y = dispatch.linear(activation, self.packed_weight(), self.bias, backend=self.input_quantizer.backend)
-        return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
+        if self.integer:
+            y = dispatch.linear(seen.values, self.packed_weight(), self.bias, backend=self.input_quantizer.backend)
+        else:
+            y = functional.linear(seen.values, self.dense_weight(), self.bias)
+        return self._with_low_rank(y.view(*x.shape[:-1], self.out_features), seen.low_rank).to(x.dtype)
+
+    def _with_low_rank(self, y: Tensor, low_rank: Tensor | None) -> Tensor:
+        if low_rank is None or self.low_rank_up is None:
+            return y
+        return y + functional.linear(low_rank, self.low_rank_up[self._index()].float()).view(y.shape)
+
+    def _index(self) -> int:
+        return self.input_quantizer.time.group if self.sets > 1 else 0
 
     def packed_weight(self) -> PackedWeight:
-        """The weight of the present time group."""
+        """The weight of the present time group, as the integer kernels read it."""
         if self._packed is None:
             self._packed = [self._slice(i) for i in range(self.sets)]
-        return self._packed[self.input_quantizer.time.group if self.sets > 1 else 0]
+        return self._packed[self._index()]
+
+    def dense_weight(self) -> Tensor:
+        """The weight (out, in) fp32 of the present time group, of a layer that multiplies in floating point."""
+        index = self._index()
+        if index not in self._dense:
+            buffers = {name: getattr(self, name) for name in ("codes", *CODED_FIELDS)}
+            assert self._like is not None  # only layers without integer kernels come here
+            self._dense[index] = dense_weight(buffers, index, self._like)
+        return self._dense[index]
 
     @property
     def kernel(self) -> str:
         """The name of the kernel that runs this layer."""
         quantizer = self.input_quantizer
+        if not self.integer:
+            return f"simulated float32 (W{self.weight_bits}A{quantizer.bits})"
         return dispatch.kernel_name(
             self.storage_bits, quantizer.bits, quantizer.backend, self.qweight.device.type, **self._sizes()
         )
@@ -88,24 +122,26 @@ class QuantizedLinear(nn.Module):
     @property
     def simulated(self) -> bool:
         """Whether the product runs in floating point here: right results, but no time of a real kernel."""
+        if not self.integer:
+            return True
         return dispatch.is_simulated(self.input_quantizer.backend, self.qweight.device.type, **self._sizes())
+
+    @property
+    def dense_bytes(self) -> int:
+        """Memory of the floating-point copies that a simulated layer multiplies with, beside its codes."""
+        return sum(dense.nbytes for dense in self._dense.values())
 
     def _sizes(self) -> dict[str, int]:
         return {"in_features": self.in_features, "group_size": self.group_size}
 
     def refresh(self) -> None:
-        """Forget what was derived from the buffers; call it after they were replaced."""
-        self._packed = None
+        """Forget what was derived from the buffers; call it after they were replaced or changed."""
+        self._packed, self._dense = None, {}
 
     def _slice(self, index: int) -> PackedWeight:
-        parts = [None if part is None else part[index] for part in (getattr(self, name) for name in _STACKED)]
-        data, scale, zero_point, column_sum, group_scale = parts
+        parts = {field: getattr(self, name) for name, field in PACKED_FIELDS.items()}
         return PackedWeight(
-            data=data,
-            scale=scale,
-            zero_point=zero_point,
-            column_sum=column_sum,
-            group_scale=group_scale,
+            **{field: None if part is None else part[index] for field, part in parts.items()},
             bits=self.storage_bits,
             group_size=self.group_size,
             in_features=self.in_features,

@@ -52,6 +52,8 @@ class SwitchedSets:
         started = time.perf_counter()
         for key, (_, buffer) in self._targets.items():
             buffer.copy_(self._stored.get_tensor(f"{group}.{key}"))
+        for module in {id(module): module for module, _ in self._targets.values()}.values():
+            module.refresh()
         self.active = group
         self.swap_seconds.append(time.perf_counter() - started)
 

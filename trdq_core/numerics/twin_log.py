@@ -6,7 +6,7 @@ Each row has a largest level c and a growth d; with M = 2^(b-1) - 1 the magnitud
 
 so m_0 = 0, m_M = c, each gap is 2^d times the one before, and d -> 0 is the uniform symmetric grid. This is not the formula
 of the paper, whose offset inside the logarithm is an absolute number and therefore depends on how large the weights are;
-`twin_log_offset` has that one. Values are rounded to the nearest level, not to the nearest logarithm.
+`trdq_core.numerics.twin_log_offset` has that one. Values are rounded to the nearest level, not to the nearest logarithm.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from trdq_core.numerics.affine import TINY
 from trdq_core.numerics.ranges import CLIP_RATIOS
 
-SMALLEST_GROWTH = 1e-6  # stands for the uniform grid
+SMALLEST_GROWTH = 1e-9  # stands for the uniform grid
 GROWTHS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.75, 0.9, 1.05, 1.2)
 RATIOS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 REFINED = (0.25, 0.5, 0.75)  # positions between two neighbouring candidates, on each side of the best
@@ -127,7 +127,7 @@ class _Best(NamedTuple):
 
 def _refine(best: _Best, start: Tensor, sums: _Sums, search_top: bool) -> _Best:
     """Candidates between each row's best and its neighbours in the coarse search, the two parameters in turn."""
-    growths = torch.tensor((SMALLEST_GROWTH, *GROWTHS), dtype=torch.float64)
+    growths = torch.tensor((SMALLEST_GROWTH, *GROWTHS), dtype=torch.float64, device=best.top.device)
     for _ in range(2):
         middle = best.growth
         index = torch.searchsorted(growths, middle.contiguous()).clamp(0, len(growths) - 1)

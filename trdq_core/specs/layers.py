@@ -31,7 +31,8 @@ class QuantSpec(Spec):
     range: "minmax"; "mse" searches the clipping ratio (1.0 included) for the least squared error; "percentile" leaves out
         the largest values; "ema" averages static ranges over calibration items; "output" searches the scale for the least
         output error weighted by the curvature of the loss (TQ-DiT).
-    clip: what ranges are multiplied with, 0.9 in QuaRot for instance.
+    clip: what ranges are multiplied with, 0.9 in QuaRot for instance. For dynamic activations range "mse" searches it
+        for the least output error, one factor for each input and set.
     per_time_group: static activations have a range for each time group (TFMQ-DM).
     """
 
@@ -114,7 +115,7 @@ class TransformSpec(Spec):
             raise RecipeError(f"block: got {self.block}; allowed are powers of two from 2, or none for automatic.")
         if self.steps < 1:
             raise RecipeError(f"steps: got {self.steps}; allowed is 1 or more.")
-        if self.random_signs and self.kind != "hadamard":
+        if self.random_signs and self.kind not in ("hadamard", "adaptive_rotation"):
             raise RecipeError(f'random_signs: got it with "{self.kind}"; only a hadamard takes random signs.')
         if self.threshold < 0:
             raise RecipeError(f"threshold: got {self.threshold}; allowed is 0 or more.")
@@ -138,7 +139,8 @@ class LowRankSpec(Spec):
 class LayerRule(Spec):
     """What happens to linears of some roles; the first rule that matches a layer wins, no rule leaves it in full precision.
 
-    A weight without an activation is weight-only: the input stays in floating point.
+    A weight without an activation is weight-only: the input stays in floating point. `alternatives` are further chains of
+    transforms; each input takes the chain with the least output error on calibration rows.
     """
 
     roles: tuple[str, ...] = ()  # empty: every role
@@ -146,12 +148,13 @@ class LayerRule(Spec):
     weight: QuantSpec | None = None
     activation: QuantSpec | None = None
     transforms: tuple[TransformSpec, ...] = ()
+    alternatives: tuple[tuple[TransformSpec, ...], ...] = ()
     rounding: Rounding = "nearest"
     low_rank: LowRankSpec | None = None
 
     def __post_init__(self) -> None:
         if self.weight is None:
-            extras = [self.activation, self.transforms, self.low_rank, self.rounding != "nearest"]
+            extras = [self.activation, self.transforms, self.alternatives, self.low_rank, self.rounding != "nearest"]
             if any(extra for extra in extras):
                 raise RecipeError(
                     f'rule "{self.match}": it quantizes no weight; give one, or leave activation, transforms, rounding and '
@@ -161,7 +164,22 @@ class LayerRule(Spec):
         self._check_weight(self.weight)
         if self.activation is not None:
             self._check_activation(self.activation)
-        self._check_order()
+        for chain in (self.transforms, *self.alternatives):
+            _check_order(chain)
+
+    @property
+    def chains(self) -> tuple[tuple[TransformSpec, ...], ...]:
+        """The chains of transforms to choose among, that of the recipe first."""
+        return (self.transforms, *self.alternatives)
+
+    @property
+    def integer(self) -> bool:
+        """Whether integer kernels multiply such layers: uniform grids, no scales per group but the two-level ones."""
+        weight, activation = self.weight, self.activation
+        if weight is None or activation is None:
+            return False
+        weight_fits = weight.grid == "uniform" and (weight.granularity != "group" or weight.two_level)
+        return weight_fits and activation.grid == "uniform" and activation.granularity != "group"
 
     def _check_weight(self, weight: QuantSpec) -> None:
         where = f'rule "{self.match}"'
@@ -192,28 +210,29 @@ class LayerRule(Spec):
                 f"{where}: activations are dynamic per token or group, or static per tensor, "
                 f"got {'dynamic' if activation.dynamic else 'static'} per {activation.granularity}."
             )
-        if activation.dynamic and activation.range != "minmax":
+        if activation.dynamic and activation.range not in ("minmax", "mse"):
             raise RecipeError(
-                f'{where}: dynamic activations take range "minmax" (with clip), got "{activation.range}"; '
-                "searched ranges are for static ones."
+                f'{where}: dynamic activations take range "minmax" or "mse", which searches their clip factor, '
+                f'got "{activation.range}".'
             )
-        if activation.grid == "twin_region" and self.transforms:
+        if activation.grid == "twin_region" and any(self.chains):
             raise RecipeError(
                 f'{where}: grid "twin_region" needs the input as its activation function left it; leave the transforms out.'
             )
 
-    def _check_order(self) -> None:
-        kinds = [transform.kind for transform in self.transforms]
-        if "adaptive_rotation" in kinds and set(kinds) - {"smooth", "adaptive_rotation"}:
+
+def _check_order(chain: tuple[TransformSpec, ...]) -> None:
+    kinds = [transform.kind for transform in chain]
+    if "adaptive_rotation" in kinds and set(kinds) - {"smooth", "adaptive_rotation"}:
+        raise RecipeError(
+            f"transforms: got {' > '.join(kinds)}; adaptive_rotation chooses the rotation itself, only smooth goes before it."
+        )
+    allowed = ("smooth", "adaptive_rotation", "greedy_rotation", "serpentine", "hadamard", "greedy_rotation")
+    position = 0
+    for kind in kinds:
+        if kind not in allowed[position:]:
             raise RecipeError(
-                f"transforms: got {' > '.join(kinds)}; adaptive_rotation chooses the rotation itself, only smooth goes before it."
+                f"transforms: got {' > '.join(kinds)}; the order is smooth > greedy_rotation > serpentine > "
+                "hadamard > greedy_rotation, each left out at will, or smooth > adaptive_rotation."
             )
-        allowed = ("smooth", "adaptive_rotation", "greedy_rotation", "serpentine", "hadamard", "greedy_rotation")
-        position = 0
-        for kind in kinds:
-            if kind not in allowed[position:]:
-                raise RecipeError(
-                    f"transforms: got {' > '.join(kinds)}; the order is smooth > greedy_rotation > serpentine > "
-                    "hadamard > greedy_rotation, each left out at will, or smooth > adaptive_rotation."
-                )
-            position = allowed.index(kind, position) + 1
+        position = allowed.index(kind, position) + 1

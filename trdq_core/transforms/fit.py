@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
+from trdq_core.errors import RecipeError
 from trdq_core.numerics.hadamard import hadamard, rotate_blocks
 from trdq_core.specs import TransformSpec
 from trdq_core.transforms.base import InputTransform
-from trdq_core.transforms.rotation import choose_block, greedy_rotation, serpentine_permutation
+from trdq_core.transforms.rotation import greedy_rotation, serpentine_permutation
+from trdq_core.transforms.smoothing import search_scale, smooth_scale
+from trdq_core.transforms.steps import resolve_adaptive, step_blocks
 
-FLOOR = 1e-5  # channel ranges below it count as this, so that a dead channel keeps a finite scale
-
-
-def smooth_scale(activation_absmax: Tensor, weight_absmax: Tensor, alpha: float) -> Tensor:
-    """d (channels,) float64 = a^alpha / w^(1 - alpha): what activations are divided by (SmoothQuant, arXiv 2211.10438)."""
-    a = activation_absmax.double().clamp_min(FLOOR)
-    w = weight_absmax.double().clamp_min(FLOOR)
-    return a.pow(alpha) / w.pow(1 - alpha)
+OutputError = Callable[[InputTransform], float]
+Step = tuple[TransformSpec, int]  # a rotation or permutation and its block
 
 
 def fit_transform(
@@ -30,24 +28,45 @@ def fit_transform(
     weights: Sequence[Tensor],
     seed: int,
     layer: str = "input",
+    output_error: OutputError | None = None,
 ) -> InputTransform:
     """The transform for one input tensor, fitted on its sampled rows (tokens, channels) and channel absmax (channels,).
 
-    `weights` are those of all linears reading the tensor, (out, channels) each: they share the transform.
+    `weights` are those of all linears reading the tensor, (out, channels) each: they share the transform. A smooth step
+    without alpha is searched: `output_error` quantizes with the transform it is handed and returns the layer's error.
+    Candidates are judged inside the complete transform; greedy rotations, too dear to fit for each of them, are stood in for
+    by a permutation and a Hadamard of the same block, which spread outliers about as well. An adaptive rotation looks at the
+    RMS of `rows`; with several time groups call `resolve_adaptive` first, so that all of them choose alike.
+    RecipeError if alpha is to be searched without `output_error`.
     """
-    generator = torch.Generator().manual_seed(seed)
+    resolved = resolve_adaptive(specs, rows)
     stacked = torch.cat([weight.double() for weight in weights])
-    values = rows.float()
+    blocks = step_blocks(resolved, rows.shape[1], len(stacked), layer=layer)
+    steps = [(spec, block) for spec, block in zip(resolved, blocks, strict=True) if spec.kind != "smooth"]
+    smooth = next((spec for spec in resolved if spec.kind == "smooth"), None)
+    values, weight_absmax = rows.float(), stacked.abs().amax(0)
+    if smooth is None:
+        return _complete(steps, None, values, seed)
+    if smooth.alpha is not None:
+        return _complete(steps, smooth_scale(absmax, weight_absmax, smooth.alpha), values, seed)
+    if output_error is None:
+        raise RecipeError(f"{layer}: smooth without alpha is searched by the output error; give alpha here.")
+    quick = _stand_in(steps)
+    best = search_scale(absmax, weight_absmax, lambda scale: _complete(quick, scale, values, seed), output_error)
+    return _complete(steps, best, values, seed)
+
+
+def _complete(steps: Sequence[Step], scale: Tensor | None, values: Tensor, seed: int) -> InputTransform:
+    """The transform that divides by `scale` and then takes `steps`, fitted on `values` (rows, channels) in this order."""
+    generator = torch.Generator().manual_seed(seed)
     fitted = InputTransform()
-    for spec in specs:
-        if spec.kind == "smooth":
-            scale = smooth_scale(absmax, stacked.abs().amax(0), spec.alpha)
-            fitted = fitted._replace(inverse_scale=(1 / scale).float())
-            values = values * fitted.inverse_scale
-            continue
-        dense = spec.kind == "greedy_rotation" or any(s.kind == "greedy_rotation" for s in specs)
-        block = choose_block(values.shape[1], len(stacked), spec.block, dense=dense, layer=layer)
+    if scale is not None:
+        fitted = fitted._replace(inverse_scale=(1 / scale).float())
+        values = values * fitted.inverse_scale
+    for spec, block in steps:
         if spec.kind == "hadamard":
+            if spec.random_signs:
+                fitted, values = _with_signs(fitted, values, generator)
             fitted = fitted._replace(hadamard_block=block)
             values = rotate_blocks(values, hadamard(block))
         elif spec.kind == "serpentine":
@@ -60,3 +79,30 @@ def fit_transform(
             fitted = fitted._replace(**{"rotation" if before_permutation else "second_rotation": rotation})
             values = rotate_blocks(values, rotation)
     return fitted
+
+
+def _with_signs(fitted: InputTransform, values: Tensor, generator: torch.Generator) -> tuple[InputTransform, Tensor]:
+    """Random signs ahead of the Hadamard that comes next: H diag(+-1) of QuaRot (arXiv 2404.00456) without a step of its own.
+
+    They go into the scale, or into the columns of a rotation that stands before, where they repeat from block to block.
+    """
+    channels = values.shape[1]
+    size = channels if fitted.rotation is None else fitted.rotation.shape[0]
+    signs = torch.randint(0, 2, (size,), generator=generator).float() * 2 - 1
+    if fitted.rotation is not None:
+        fitted = fitted._replace(rotation=fitted.rotation * signs.half())
+        signs = signs.repeat(channels // size)
+    elif fitted.inverse_scale is not None:
+        fitted = fitted._replace(inverse_scale=fitted.inverse_scale * signs)
+    else:
+        fitted = fitted._replace(inverse_scale=signs)
+    return fitted, values * (signs if fitted.permutation is None else signs[fitted.permutation.long()])
+
+
+def _stand_in(steps: Sequence[Step]) -> list[Step]:
+    """`steps` if they are cheap; else a permutation and a Hadamard in the blocks of the greedy rotations."""
+    greedy = next((step for step in steps if step[0].kind == "greedy_rotation"), None)
+    if greedy is None:
+        return list(steps)
+    spec, block = greedy
+    return [(dataclasses.replace(spec, kind=kind), block) for kind in ("serpentine", "hadamard")]

@@ -18,20 +18,27 @@ OUTPUT_CANDIDATES = tuple(0.01 + i * (1.2 - 0.01) / 100 for i in range(101))  # 
 class Curvature:
     """How much a change of a weight costs at the output: sum of output_weight * (inputs @ change^T)^2."""
 
-    def __init__(self, inputs: Tensor | None, output_weight: Tensor | None, layer: str) -> None:
+    def __init__(self, inputs: Tensor | None, output_weight: Tensor | None, shape: tuple[int, int], layer: str) -> None:
+        """`inputs` (rows, in) and `output_weight` (rows, out) or (out,) for a weight of `shape`; errors name `layer`."""
         if inputs is None or not len(inputs):
             raise CalibrationError(
                 f'{layer}: range "output" chooses scales by the output error and needs sampled inputs; '
                 'calibrate the model, or use range "mse".'
             )
-        self.inputs, self.output_weight = inputs.detach().float(), output_weight
-        if output_weight is not None:
-            output_weight = output_weight.detach().float()
-            if output_weight.dim() == 2 and len(output_weight) != len(inputs):
-                raise ShapeError(
-                    f"{layer}: output_weight has {len(output_weight)} rows for {len(inputs)} rows of inputs; give one for each."
-                )
-            self.output_weight = output_weight
+        out_features, in_features = shape
+        if inputs.dim() != 2 or inputs.shape[1] != in_features:
+            raise ShapeError(
+                f'{layer}: got inputs of shape {tuple(inputs.shape)}; range "output" needs (rows, {in_features}), '
+                "the layer's width."
+            )
+        allowed = ((out_features,), (len(inputs), out_features))
+        if output_weight is not None and tuple(output_weight.shape) not in allowed:
+            raise ShapeError(
+                f"{layer}: got output_weight of shape {tuple(output_weight.shape)}; give {allowed[0]} or {allowed[1]}, "
+                "one for each output or for each row and output."
+            )
+        self.inputs = inputs.detach().float()
+        self.output_weight = None if output_weight is None else output_weight.detach().float()
         self._moments: dict[int, Tensor] = {}
 
     def error(self, difference: Tensor, group_size: int) -> Tensor:
@@ -53,18 +60,24 @@ class Curvature:
         return self._moments[group_size]
 
 
-def find_range(weight: Tensor, spec: QuantSpec, group_size: int, curvature: Curvature | None) -> ValueRange:
-    """The range of each row and group of `weight` (out, in) float64 as `spec` asks: (out, groups), equal in all rows for
-    granularity "tensor". `clip` multiplies it before any search."""
-    rows = weight.reshape(1, -1) if spec.granularity == "tensor" else weight.reshape(-1, group_size)
+def plain_range(weight: Tensor, spec: QuantSpec, group_size: int) -> ValueRange:
+    """What `spec` begins with before any search, min-max or percentile, times `clip`: (out, groups) for a weight (out, in),
+    equal in all rows for granularity "tensor"."""
+    rows = _rows(weight, spec, group_size)
     found = minmax_range(rows)
     if spec.range == "percentile":
         found = percentile_range(rows, spec.percentile, symmetric=spec.symmetric)
-    found = found.scaled(spec.clip)
+    return _by_group(found.scaled(spec.clip), weight, group_size)
+
+
+def find_range(weight: Tensor, spec: QuantSpec, group_size: int, curvature: Curvature | None) -> ValueRange:
+    """The range of each row and group of `weight` (out, in) float64 as `spec` asks, searched ones searched: (out, groups)."""
+    found = plain_range(weight, spec, group_size)
     if spec.range == "mse":
-        found = searched_range(rows, found, bits=spec.bits, symmetric=spec.symmetric)
-    shape = (len(weight), weight.shape[1] // group_size)
-    found = ValueRange(*(part.expand(len(weight), 1) if len(rows) == 1 else part.view(shape) for part in found))
+        rows = _rows(weight, spec, group_size)
+        start = ValueRange(*(part[:1] if spec.granularity == "tensor" else part.reshape(-1, 1) for part in found))
+        found = searched_range(rows, start, bits=spec.bits, symmetric=spec.symmetric)
+        found = _by_group(found, weight, group_size)
     if curvature is None:
         return found
 
@@ -106,3 +119,16 @@ def output_ratio(
         best_error = torch.minimum(error, best_error)
     assert best is not None
     return best
+
+
+def _rows(weight: Tensor, spec: QuantSpec, group_size: int) -> Tensor:
+    """The weight as rows that have a range each."""
+    return weight.reshape(1, -1) if spec.granularity == "tensor" else weight.reshape(-1, group_size)
+
+
+def _by_group(found: ValueRange, weight: Tensor, group_size: int) -> ValueRange:
+    """Ranges of rows as (out, groups); the one range of a whole tensor for every row."""
+    shape = (len(weight), weight.shape[1] // group_size)
+    return ValueRange(
+        *(part.view(shape) if part.numel() == shape[0] * shape[1] else part.expand(shape) for part in found)
+    )

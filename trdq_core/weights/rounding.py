@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from trdq_core.errors import CalibrationError
 from trdq_core.specs import QuantSpec, Rounding
+from trdq_core.weights.gptq import gptq
 from trdq_core.weights.grids import fit_grid
 from trdq_core.weights.stored import CodedWeight, QuantizedWeight, Weight, dequantize_weight, packed_bytes
 
@@ -28,5 +28,5 @@ def quantize_weight(
     """
     grid = fit_grid(weight, spec, layer=layer, inputs=inputs, output_weight=output_weight)
     if rounding == "gptq":
-        raise CalibrationError(f"{layer}: gptq comes later.")
+        return grid.encode(gptq(weight, grid, inputs, layer=layer))
     return grid.encode(grid.nearest(weight.double()))

@@ -69,11 +69,11 @@ TRDQ_EXPORT int trdq_transform(const float* x, int64_t tokens, int64_t width, co
 TRDQ_EXPORT int trdq_quantize(const float* x, int64_t tokens, int64_t width, const float* inverse_scale,
                               const float* rotation, int64_t rotation_size, const int32_t* permutation,
                               int64_t hadamard_block, const float* second_rotation, int64_t second_size, int bits,
-                              int symmetric, const float* static_scale, const float* static_zero, uint8_t* values,
-                              float* scale, float* zero_point, int32_t* row_sum, int threads) {
+                              int symmetric, const float* static_scale, const float* static_zero, float clip,
+                              uint8_t* values, float* scale, float* zero_point, int32_t* row_sum, int threads) {
   const auto stages = trdq::make_stages(inverse_scale, rotation, rotation_size, permutation, hadamard_block,
                                         second_rotation, second_size);
-  return trdq::quantize(stages, x, tokens, width, {bits, symmetric != 0, static_scale, static_zero},
+  return trdq::quantize(stages, x, tokens, width, {bits, symmetric != 0, static_scale, static_zero, clip},
                         {values, width, scale, zero_point, row_sum}, threads);
 }
 
@@ -95,7 +95,7 @@ TRDQ_EXPORT int trdq_linear(const uint8_t* values, int64_t lda, const float* sca
 TRDQ_EXPORT int trdq_linear_from_float(
     const float* x, int64_t tokens, int64_t in_features, const float* inverse_scale, const float* rotation,
     int64_t rotation_size, const int32_t* permutation, int64_t hadamard_block, const float* second_rotation,
-    int64_t second_size, int bits, int symmetric, const float* static_scale, const float* static_zero,
+    int64_t second_size, int bits, int symmetric, const float* static_scale, const float* static_zero, float clip,
     int64_t out_features, const void* weight, int weight_bits, const int8_t* group_scale, int64_t group_size,
     const float* weight_scale, const float* weight_zero, const float* column_sum, const float* bias, float* y,
     int threads) {
@@ -107,7 +107,7 @@ TRDQ_EXPORT int trdq_linear_from_float(
                                  static_cast<const uint8_t*>(weight), weight_bits, group_scale, group_size};
   if (!trdq::product_fits(product)) return trdq::kBadArgument;
   if (tokens == 0 || out_features == 0) return trdq::kOk;
-  return trdq::quantize_and_multiply(stages, x, {bits, symmetric != 0, static_scale, static_zero}, product, threads);
+  return trdq::quantize_and_multiply(stages, x, {bits, symmetric != 0, static_scale, static_zero, clip}, product, threads);
 }
 
 }  // extern "C"

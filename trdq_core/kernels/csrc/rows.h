@@ -151,9 +151,12 @@ Grid fixed_grid(float scale, float zero_point, int bits, bool symmetric) {
   return {scale, zero, symmetric ? 128 - half : 0, high};
 }
 
-Grid row_grid(const float* x, int64_t width, int bits, bool symmetric) {
+// The range is that of the row times `clip`; what lies outside saturates.
+Grid row_grid(const float* x, int64_t width, int bits, bool symmetric, float clip) {
   float low, high;
   row_ops().range(x, width, &low, &high);
+  low *= clip;
+  high *= clip;
   if (symmetric) {
     const float absmax = std::max(std::max(-low, high), 1e-12f);
     return fixed_grid(absmax / static_cast<float>((1 << (bits - 1)) - 1), 128.0f, bits, true);
@@ -176,6 +179,7 @@ struct Request {
   bool symmetric;
   const float* static_scale;  // one element, or null for a grid per token
   const float* static_zero;
+  float clip;  // of a grid per token
 };
 
 int quantize(const Stages& stages, const float* x, int64_t tokens, int64_t width, const Request& request,
@@ -188,7 +192,7 @@ int quantize(const Stages& stages, const float* x, int64_t tokens, int64_t width
       uint8_t* values = out.values + token * out.stride;
       const Grid grid = request.static_scale != nullptr
                             ? fixed_grid(*request.static_scale, *request.static_zero, request.bits, request.symmetric)
-                            : row_grid(row, width, request.bits, request.symmetric);
+                            : row_grid(row, width, request.bits, request.symmetric, request.clip);
       out.row_sum[token] = row_ops().quantize(row, width, grid, values);
       std::memset(values + width, 0, out.stride - width);
       out.scale[token] = grid.scale;

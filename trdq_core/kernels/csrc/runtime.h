@@ -13,7 +13,7 @@ namespace {
 
 enum Status : int { kOk = 0, kBadArgument = 1, kNoMemory = 2 };
 
-constexpr int kAbiVersion = 1;
+constexpr int kAbiVersion = 2;
 // 255 * 255 * depth must stay under 2^31: the exact integer result of one output.
 constexpr int64_t kMaxDepth = 33000;
 // One activation block plus one weight panel should share a second-level cache of 1 MiB or more.

@@ -1,0 +1,139 @@
+"""Fit one input tensor: its transform for each time group, the integer weights behind it, and the do-no-harm check."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from trdq_core.errors import CalibrationError
+from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, output_error
+from trdq_core.nn.input_grid import InputGrid, Range
+from trdq_core.plan import InputGroup
+from trdq_core.scale_search import OutputSamples
+from trdq_core.specs import TransformSpec
+from trdq_core.statistics import LayerStatistics
+from trdq_core.transforms.base import InputTransform, aligned
+from trdq_core.transforms.steps import resolve_adaptive
+from trdq_core.weights.rounding import QuantizedWeight, Weight
+
+FIT_ROWS = 256  # token rows a transform is fitted on, at most
+GATE_ROWS = 256  # held-out rows the do-no-harm check looks at, for each set
+MANY_ROWS = 4096  # rows that second moments (GPTQ, low rank) are taken over, at most
+
+Chain = tuple[TransformSpec, ...]
+
+
+class FittedInput(NamedTuple):
+    """One input tensor, fitted: a transform and integer weights for each set, and what the do-no-harm check saw."""
+
+    group: InputGroup
+    sets: tuple[FittedSet, ...]
+    chain: Chain  # the transforms it ended with
+    error_with: float  # squared output error over squared output, on held-out rows, with the recipe's transforms
+    error_without: float  # the same without any transform
+    kept: bool
+
+    @property
+    def transforms(self) -> tuple[InputTransform, ...]:
+        """The transform of each set."""
+        return tuple(one.transform for one in self.sets)
+
+    @property
+    def weights(self) -> dict[str, tuple[Weight, ...]]:
+        """The weights of each linear, one for each set."""
+        return {layer.name: tuple(one.weights[layer.name] for one in self.sets) for layer in self.group.layers}
+
+    @property
+    def distinct(self) -> tuple[FittedSet, ...]:
+        """The sets that differ: an input without transforms has one, however many time groups there are."""
+        return self.sets if any(one is not self.sets[0] for one in self.sets) else self.sets[:1]
+
+    @property
+    def packable(self) -> bool:
+        """Whether the integer kernels take these weights."""
+        return all(isinstance(weight, QuantizedWeight) for one in self.sets for weight in one.weights.values())
+
+    def grid(self, ranges: Sequence[Range] = ()) -> InputGrid:
+        """The grid of the input; `ranges` are those the second pass saw, for static grids."""
+        return InputGrid(self.group.rule.activation, tuple(one.clip for one in self.distinct), tuple(ranges))
+
+
+def fit_input(
+    group: InputGroup,
+    weights: Mapping[str, Tensor],
+    statistics: LayerStatistics,
+    steps_of_sets: Sequence[Sequence[int]],
+    *,
+    do_no_harm: bool = True,
+    seed: int = 0,
+    curvature: Mapping[str, OutputSamples] | None = None,
+) -> FittedInput:
+    """Fit every set of one input. `weights` are (out, in) by layer name, `steps_of_sets` the timestep indices of each set.
+
+    Of the rule's chains of transforms the one with the least output error on held-out rows is taken; with `do_no_harm`
+    having none is a candidate too.
+    """
+    for layer, weight in weights.items():
+        if not torch.isfinite(weight).all():
+            raise CalibrationError(f"{layer}: its weight holds NaN or infinity; load an undamaged model.")
+    rows = [split_rows(statistics, steps) for steps in steps_of_sets]
+    fits: dict[Chain, tuple[FittedSet, ...]] = {}
+    errors: dict[Chain, float] = {}
+    for chain in dict.fromkeys((*group.rule.chains, ())):  # having none is judged in any case, for the report
+        fits[chain] = _fit_chain(group, chain, weights, statistics, steps_of_sets, rows, curvature or {}, seed)
+        errors[chain] = _relative_error(group, fits[chain], weights, rows)
+    recipes = [chain for chain in errors if chain in group.rule.chains]
+    wanted = min(recipes, key=errors.__getitem__)
+    taken = () if do_no_harm and errors[()] < errors[wanted] else wanted
+    return FittedInput(group, fits[taken], taken, errors[wanted], errors[()], taken == wanted)
+
+
+def split_rows(statistics: LayerStatistics, steps: Sequence[int]) -> Rows:
+    """Rows to fit on and rows held out, both spread over all timesteps of the set; no row is in both.
+
+    Second moments want several rows a channel: a set whose own timesteps have too few takes those of the whole axis.
+    """
+    own = statistics.rows_at(steps)
+    many = own[::2]
+    if len(many) < 4 * own.shape[1] and len(steps) < len(statistics.rows):
+        many = statistics.rows_at(range(len(statistics.rows)))[::2]
+    return Rows(_at_most(own[::2], FIT_ROWS), _at_most(own[1::2], GATE_ROWS), _at_most(many, MANY_ROWS))
+
+
+def _at_most(rows: Tensor, count: int) -> Tensor:
+    return rows[:: max(1, -(-len(rows) // count))]
+
+
+def _fit_chain(
+    group: InputGroup,
+    chain: Chain,
+    weights: Mapping[str, Tensor],
+    statistics: LayerStatistics,
+    steps_of_sets: Sequence[Sequence[int]],
+    rows: Sequence[Rows],
+    curvature: Mapping[str, OutputSamples],
+    seed: int,
+) -> tuple[FittedSet, ...]:
+    """All sets with one chain. Without transforms the weights do not depend on time, so they are fitted once."""
+    smooth = next((spec for spec in chain if spec.kind == "smooth"), None)
+    if not chain:
+        every = split_rows(statistics, range(len(statistics.rows))) if len(rows) > 1 else rows[0]
+        return (fit_set(group, InputTransform(), weights, every, curvature, seed),) * len(rows)
+    chain = resolve_adaptive(chain, statistics.rows_at(range(len(statistics.rows))))  # all sets choose alike
+    weight_absmax = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
+    absmax = [statistics.absmax(steps, smooth or chain[0], weight_absmax) for steps in steps_of_sets]
+    transforms = aligned([fit_chain(group, chain, weights, *pair, seed) for pair in zip(rows, absmax, strict=True)])
+    return tuple(
+        fit_set(group, transform, weights, part, curvature, seed)
+        for transform, part in zip(transforms, rows, strict=True)
+    )
+
+
+def _relative_error(
+    group: InputGroup, fitted: Sequence[FittedSet], weights: Mapping[str, Tensor], rows: Sequence[Rows]
+) -> float:
+    parts = [output_error(group, one, weights, part) for one, part in zip(fitted, rows, strict=True)]
+    return sum(wrong for wrong, _ in parts) / max(sum(total for _, total in parts), 1e-30)

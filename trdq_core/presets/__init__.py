@@ -1,0 +1,9 @@
+"""The published methods, and ours, as recipes."""
+
+from trdq_core.presets.methods import ALIASES, METHODS, QUANTIZED_ROLES, Method
+from trdq_core.presets.recipes import OFFERED_BITS, make_recipe, parse_recipe, published_sharing, with_sharing
+
+__all__ = [
+    "ALIASES", "METHODS", "OFFERED_BITS", "QUANTIZED_ROLES", "Method", "make_recipe", "parse_recipe", "published_sharing",
+    "with_sharing",
+]  # fmt: skip
