@@ -177,8 +177,8 @@ def _record(
         last = max((blocks.index(block) for unit in others if (block := _block_of(unit)) is not None), default=-1)
         walked = blocks[: last + 1]
         alone = [unit.module for unit in others if _block_of(unit) is None]
-        progress = Progress("observe", len(statistics.about["prompts"]) * statistics.about["steps"], **reports)
-        replays[False] = replay(record_calls(model, walked, alone, statistics, progress), walked)
+        record = record_calls(model, walked, alone, statistics, lambda total: Progress("observe", total, **reports))
+        replays[False] = replay(record, walked)
     return replays
 
 
