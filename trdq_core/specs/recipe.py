@@ -177,15 +177,17 @@ class AttentionSpec(Spec):
 class ReconstructionSpec(Spec):
     """Learning the rounding on the outputs of a unit, with AdaRound's relaxation (BRECQ, Q-Diffusion, TFMQ-DM).
 
-    `temporal_block` learns the layers that read only the timestep first and on their own (TFMQ-DM).
+    `temporal_block` learns the layers that read only the timestep first and on their own (TFMQ-DM). The loss is the output
+    error over that of rounding to nearest, plus `round_weight` times the sum of 1 - |2h - 1|^beta. The published 20,000
+    iterations of rate 4e-4 move h as far as 500 of rate 0.03 do.
     """
 
     unit: Literal["layer", "block"] = "block"
     temporal_block: bool = False
     iterations: int = 500
     batch: int = 16
-    learning_rate: float = 4e-4
-    round_weight: float = 0.01
+    learning_rate: float = 0.03
+    round_weight: float = 1e-3
     warm_up: float = 0.2  # share of the iterations without the rounding penalty
     beta: tuple[float, ...] = (20.0, 2.0)
 
@@ -196,6 +198,8 @@ class ReconstructionSpec(Spec):
             raise RecipeError(f"batch: got {self.batch}; allowed is 1 to 1024.")
         if not 0 < self.learning_rate <= 1:
             raise RecipeError(f"learning_rate: got {self.learning_rate}; allowed is above 0 to 1.")
+        if not 0 <= self.round_weight <= 1e6:
+            raise RecipeError(f"round_weight: got {self.round_weight}; allowed is 0 to 1,000,000.")
         if not 0 <= self.warm_up < 1:
             raise RecipeError(f"warm_up: got {self.warm_up}; allowed is 0 up to, not including, 1.")
         if len(self.beta) != 2 or self.beta[0] < self.beta[1] or self.beta[1] <= 0:
