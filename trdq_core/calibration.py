@@ -21,7 +21,7 @@ from trdq_core.timegroups import TimeContext, TimeGroups
 
 SAVE_EVERY = 30.0  # seconds between two saves of the prompts finished so far
 ROWS_PER_CALL = 16  # token rows kept of each call; with 16 prompts and 20 steps, 256 a timestep
-CALIBRATION_VERSION = 3
+CALIBRATION_VERSION = 4
 
 
 def calibration_fingerprint(
@@ -64,7 +64,8 @@ def calibrate(
     observers = {name: InputObserver(name, context, ROWS_PER_CALL, seed + i) for i, name in enumerate(leaders)}
     for name, observer in observers.items() if resumed is not None else ():
         observer.keep(resumed.layer(name))
-    with observing(model.denoiser, observers, context, argument=model.timestep_argument):
+    hooks = {"argument": model.timestep_argument, "text_inputs": text_inputs(model)}
+    with observing(model.denoiser, observers, context, **hooks):
         try:
             for index, conditioning in list(enumerate(model.encode(prompts)))[done:]:
                 timesteps = _observe_prompt(model, conditioning, index, observers, progress, settings)
@@ -113,7 +114,8 @@ def observe_ranges(
         for name, request in requests.items()
     }
     progress = Progress("observe", len(about["prompts"]) * about["steps"], on_event=on_event, cancelled=cancelled)
-    with observing(model.denoiser, observers, context, argument=model.timestep_argument):
+    hooks = {"argument": model.timestep_argument, "text_inputs": text_inputs(model)}
+    with observing(model.denoiser, observers, context, **hooks):
         for index, conditioning in enumerate(model.encode(about["prompts"])):
             sample(
                 model,
@@ -124,6 +126,11 @@ def observe_ranges(
                 on_step=lambda step, timestep, latents, c=conditioning: progress.advance(c.prompt),
             )
     return {name: tuple(observer.ranges) for name, observer in observers.items()}
+
+
+def text_inputs(model: SampledModel) -> set[str]:
+    """The linears that lead an input made of text tokens, some of which are padding."""
+    return {layer.leader for layer in model.linears() if layer.role in ("cross_k", "cross_v")}
 
 
 def _observe_prompt(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
 
@@ -18,8 +18,8 @@ from trdq_core.transforms.base import InputTransform
 class Observer(Protocol):
     """What sees every input of one linear."""
 
-    def observe(self, x: Tensor) -> None:
-        """Take in one input."""
+    def observe(self, x: Tensor, visible: Tensor | None = None) -> None:
+        """Take in one input; `visible` (batch, tokens) leaves out tokens that attention never looks at."""
 
 
 class InputObserver:
@@ -39,18 +39,19 @@ class InputObserver:
         self._calls = {}
         self._generator.manual_seed(1_000_003 * self._seed + prompt)
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, visible: Tensor | None = None) -> None:
         """Take in x (batch, tokens, channels) or (tokens, channels) at the present timestep."""
         if x.dim() == 2:
             x = x[None]
         x = x.detach().flatten(1, -2).float()
-        absmax = x.abs().amax(1)
+        seen = x if visible is None else x * visible[..., None]
+        absmax = seen.abs().amax(1)
         if not torch.isfinite(absmax).all():
             raise CalibrationError(
                 f"{self.name}: its input is not finite at timestep {self._time.timestep:g}; "
                 "the weights hold NaN or infinity, load an undamaged model."
             )
-        tokens = x.flatten(0, 1)
+        tokens = x.flatten(0, 1) if visible is None else x[visible]
         chosen = torch.randint(len(tokens), (self._rows_per_call,), generator=self._generator).to(x.device)
         seen_absmax, seen_rows = self._calls.setdefault(self._time.timestep, ([], []))
         seen_absmax.append(absmax.clamp_max(FP16_MAX).half().cpu())
@@ -108,10 +109,10 @@ class RangeObserver:
         found = [self._ranges[index] or (0.0, 0.0) for index in nearest]
         return [(min(low, 0.0), max(high, 0.0)) for low, high in found]
 
-    def observe(self, x: Tensor) -> None:
+    def observe(self, x: Tensor, visible: Tensor | None = None) -> None:
         """Take in x (..., channels) at the present timestep."""
         transform = self._transforms[self._time.group if len(self._transforms) > 1 else 0]
-        transformed = transform.apply(x.detach().float())
+        transformed = transform.apply((x if visible is None else x[visible]).detach().float())
         low, high = float(transformed.min()), float(transformed.max())
         index = self._time.group if len(self._ranges) > 1 else 0
         before = self._ranges[index]
@@ -125,12 +126,22 @@ class RangeObserver:
 
 @contextmanager
 def observing(
-    denoiser: nn.Module, observers: Mapping[str, Observer], time: TimeContext, *, argument: str = "timestep"
+    denoiser: nn.Module,
+    observers: Mapping[str, Observer],
+    time: TimeContext,
+    *,
+    argument: str = "timestep",
+    text_inputs: Collection[str] = (),
 ) -> Iterator[None]:
-    """Let each observer watch the input of the linear it is listed under; all hooks are gone afterwards."""
-    handles = [time.attach(denoiser, argument)]
+    """Let each observer watch the input of the linear it is listed under; all hooks are gone afterwards.
+
+    Observers of `text_inputs` see no padding, which is most of a short prompt and which attention masks out.
+    """
+    text = TextMask()
+    handles = [time.attach(denoiser, argument), denoiser.register_forward_pre_hook(text.follow, with_kwargs=True)]
     for name, observer in observers.items():
-        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(_watch(observer)))
+        hook = _watch(observer, text if name in text_inputs else None)
+        handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
     try:
         yield
     finally:
@@ -138,8 +149,26 @@ def observing(
             handle.remove()
 
 
-def _watch(observer: Observer) -> Any:
+class TextMask:
+    """Which text tokens of the present call are no padding, as diffusers hands it to a denoiser."""
+
+    def __init__(self) -> None:
+        self._mask: Tensor | None = None
+
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the mask (batch, tokens) of a call, if it has one; other forms say nothing of padding."""
+        mask = kwargs.get("encoder_attention_mask")
+        self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+
+    def visible(self, x: Tensor) -> Tensor | None:
+        """The mask, where it is that of x (batch, tokens, channels) and leaves something to see."""
+        if self._mask is None or x.dim() != 3 or self._mask.shape != x.shape[:2] or not bool(self._mask.any()):
+            return None
+        return self._mask
+
+
+def _watch(observer: Observer, text: TextMask | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:  # returning anything would replace the input
-        observer.observe(args[0])
+        observer.observe(args[0], None if text is None else text.visible(args[0]))
 
     return hook

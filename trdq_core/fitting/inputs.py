@@ -21,6 +21,7 @@ from trdq_core.weights.rounding import QuantizedWeight, Weight
 
 FIT_ROWS = 256  # token rows a transform is fitted on, at most
 GATE_ROWS = 256  # held-out rows the do-no-harm check looks at, for each set
+HELD_OUT = 4  # one row in so many is held out
 MANY_ROWS = 4096  # rows that second moments (GPTQ, low rank) are taken over, at most
 
 Chain = tuple[TransformSpec, ...]
@@ -92,15 +93,22 @@ def fit_input(
 
 
 def split_rows(statistics: LayerStatistics, steps: Sequence[int]) -> Rows:
-    """Rows to fit on and rows held out, both spread over all timesteps of the set; no row is in both.
+    """Rows to fit on and rows held out, both spread over all timesteps of the set.
 
-    Second moments want several rows a channel: a set whose own timesteps have too few takes those of the whole axis.
+    Rows stand in the order of the prompts they came from, so the last quarter is of other prompts: what is fitted too closely
+    to a few texts or pictures shows there. Second moments want several rows a channel: a set whose own timesteps have too
+    few takes those of the whole axis.
     """
-    own = statistics.rows_at(steps)
-    many = own[::2]
-    if len(many) < 4 * own.shape[1] and len(steps) < len(statistics.rows):
-        many = statistics.rows_at(range(len(statistics.rows)))[::2]
-    return Rows(_at_most(own[::2], FIT_ROWS), _at_most(own[1::2], GATE_ROWS), _at_most(many, MANY_ROWS))
+    rows = statistics.rows
+    first = rows.shape[1] - max(1, rows.shape[1] // HELD_OUT) if rows.shape[1] > 1 else 1
+    own = rows[list(steps)]
+    fit, held_out = own[:, :first].flatten(0, 1).float(), own[:, first:].flatten(0, 1).float()
+    many = fit
+    if len(many) < 4 * rows.shape[-1] and len(steps) < len(rows):
+        many = rows[:, :first].flatten(0, 1).float()
+    return Rows(
+        _at_most(fit, FIT_ROWS), _at_most(held_out if len(held_out) else fit, GATE_ROWS), _at_most(many, MANY_ROWS)
+    )
 
 
 def _at_most(rows: Tensor, count: int) -> Tensor:

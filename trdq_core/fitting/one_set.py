@@ -15,11 +15,14 @@ from trdq_core.scale_search import OutputSamples, search_scales
 from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.fit import fit_transform
+from trdq_core.weights.gptq import gptq
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
+ROWS_A_CHANNEL = 2  # different rows for each channel, below which GPTQ is watched
+DAMPINGS = (0.1, 1.0)  # in shares of the mean squared input
 SEARCH_ROWS = 128  # rows that a search scores its candidates on
 
 
@@ -117,10 +120,35 @@ def _fit_weights(
         name: quantize_weight(weight, rule.weight, layer=name, rounding=rule.rounding, inputs=inputs)
         for name, weight in transformed.items()
     }
+    if inputs is not None and len(inputs.unique(dim=0)) < ROWS_A_CHANNEL * inputs.shape[1]:
+        return _least_overfit(FittedSet(transform, fitted), group, transformed, inputs, weights, rows)
     if rule.rounding != "adaround":
         return FittedSet(transform, fitted)
     grids = {name: fit_grid(weight, rule.weight, layer=name) for name, weight in transformed.items()}
     return FittedSet(transform, fitted, grids=grids)
+
+
+def _least_overfit(
+    fitted: FittedSet,
+    group: InputGroup,
+    transformed: Mapping[str, Tensor],
+    inputs: Tensor,
+    weights: Mapping[str, Tensor],
+    rows: Rows,
+) -> FittedSet:
+    """GPTQ from few different rows bends the weight towards them: more damping, or rounding to nearest, where other rows
+    ask for it. Keys and values of short prompts are such a case."""
+    spec = group.rule.weight
+    assert spec is not None  # groups only hold quantized layers
+    candidates = [
+        fitted,
+        fitted._replace(weights={n: quantize_weight(w, spec, layer=n) for n, w in transformed.items()}),
+    ]
+    for damping in DAMPINGS:
+        grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
+        values = {n: gptq(w, grids[n], inputs, damping=damping, layer=n) for n, w in transformed.items()}
+        candidates.append(fitted._replace(weights={name: grids[name].encode(value) for name, value in values.items()}))
+    return min(candidates, key=lambda one: _error(one, weights, rows.held_out, InputGrid(None))[0])
 
 
 def _searched_by_output(
