@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tests.outliers import heavy_tailed_weight, outlier_rows
-from trdq_core.fitting import FittedInput, fit_input
+from trdq_core.fitting import FittedInput, fit_input, split_rows
 from trdq_core.numerics.hadamard import rotate_blocks
 from trdq_core.plan import InputGroup, LayerInfo
 from trdq_core.presets import make_recipe
@@ -46,8 +46,8 @@ def fit(rule: LayerRule, statistics: LayerStatistics, weight: Tensor) -> FittedI
 
 
 def fit_rows(statistics: LayerStatistics) -> Tensor:
-    """The rows that a fit over all timesteps looks at: every second, the others are held out."""
-    return statistics.rows_at([0, 1])[::2]
+    """The rows that a fit over all timesteps looks at; the others are held out."""
+    return split_rows(statistics, [0, 1]).fit
 
 
 def only(rule: LayerRule, *kinds: str) -> LayerRule:
