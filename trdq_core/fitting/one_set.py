@@ -21,8 +21,8 @@ from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
-ROWS_A_CHANNEL = 2  # different rows for each channel, below which GPTQ is watched
-DAMPINGS = (0.1, 1.0)  # in shares of the mean squared input
+OVERFIT = 1.3  # error on other prompts over that on the rows fitted on, above which GPTQ is damped
+DAMPINGS = (0.05, 0.3, 2.0)  # in shares of the mean squared input
 SEARCH_ROWS = 128  # rows that a search scores its candidates on
 
 
@@ -120,7 +120,7 @@ def _fit_weights(
         name: quantize_weight(weight, rule.weight, layer=name, rounding=rule.rounding, inputs=inputs)
         for name, weight in transformed.items()
     }
-    if inputs is not None and len(inputs.unique(dim=0)) < ROWS_A_CHANNEL * inputs.shape[1]:
+    if inputs is not None:
         return _least_overfit(FittedSet(transform, fitted), group, transformed, inputs, weights, rows)
     if rule.rounding != "adaround":
         return FittedSet(transform, fitted)
@@ -136,10 +136,15 @@ def _least_overfit(
     weights: Mapping[str, Tensor],
     rows: Rows,
 ) -> FittedSet:
-    """GPTQ from few different rows bends the weight towards them: more damping, or rounding to nearest, where other rows
-    ask for it. Keys and values of short prompts are such a case."""
-    spec = group.rule.weight
+    """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
+    damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
+    spec, exact_input = group.rule.weight, InputGrid(None)
     assert spec is not None  # groups only hold quantized layers
+    (seen, size), (unseen, other_size) = (
+        _error(fitted, weights, part, exact_input) for part in (rows.fit, rows.held_out)
+    )
+    if unseen * size <= OVERFIT * seen * other_size:
+        return fitted
     candidates = [
         fitted,
         fitted._replace(weights={n: quantize_weight(w, spec, layer=n) for n, w in transformed.items()}),
@@ -148,7 +153,7 @@ def _least_overfit(
         grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
         values = {n: gptq(w, grids[n], inputs, damping=damping, layer=n) for n, w in transformed.items()}
         candidates.append(fitted._replace(weights={name: grids[name].encode(value) for name, value in values.items()}))
-    return min(candidates, key=lambda one: _error(one, weights, rows.held_out, InputGrid(None))[0])
+    return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact_input)[0])
 
 
 def _searched_by_output(
