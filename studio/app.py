@@ -9,10 +9,10 @@ import gradio as gr
 
 from studio import theme
 from studio.components import controls as sidebar
-from studio.components import html, result
+from studio.components import html, result, trial
 from studio.context import Studio
 from studio.jobs import explain
-from studio.pages import activations, compare, runs
+from studio.pages import activations, compare, guidance, runs
 from studio.services import machine, models
 from studio.services.core import Core, InstalledCore
 
@@ -21,6 +21,7 @@ CACHE_CHECK, CACHE_AGE = 600, 3600  # seconds: how often served files are swept,
 HEADER_EVERY = 3  # seconds
 # Keeps the value readable after a restart. It hides nothing: the page holds it, and the value is only a run's id.
 SAVED_KEY, SAVED_SECRET = "trdq-studio", "trdq-studio-last-run"
+TRIAL_KEY, TRIAL_SECRET = "trdq-studio-trial", "trdq-studio-last-trial"
 
 
 def build(core: Core | None = None) -> gr.Blocks:
@@ -31,6 +32,7 @@ def build(core: Core | None = None) -> gr.Blocks:
     ) as demo:
         _publish(studio)
         saved = gr.BrowserState(None, storage_key=SAVED_KEY, secret=SAVED_SECRET)
+        saved_trial = gr.BrowserState(None, storage_key=TRIAL_KEY, secret=TRIAL_SECRET)
         header = gr.HTML(header_now(studio), elem_id="header")
         controls = sidebar.build(models.choices(studio.core))
         strip, problem = compare.build_strip()
@@ -39,12 +41,16 @@ def build(core: Core | None = None) -> gr.Blocks:
                 compare_page = compare.build(strip, problem, saved)
             with gr.Tab("Activations", id="activations") as activations_tab:
                 activations_page = activations.build()
+            with gr.Tab("Guidance", id="guidance") as guidance_tab:
+                guidance_page = guidance.build(strip, problem, saved_trial)
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs_page = runs.build()
         compare.wire(studio, controls, compare_page, header, lambda: header_now(studio))
         activations.wire(studio, controls, activations_page, activations_tab)
+        guidance.wire(studio, controls, guidance_page, guidance_tab, header, lambda: header_now(studio))
         runs.wire(studio, controls, runs_page, compare_page.result, tabs, runs_tab)
         _wire_page(studio, demo, header, controls, compare_page)
+        _restore_trial(studio, demo, guidance_page)
     demo.queue(max_size=64, default_concurrency_limit=8)
     return demo
 
@@ -87,6 +93,13 @@ def _wire_page(
     controls.model.change(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
     demo.load(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
     compare.plan_at_load(studio, demo, controls, page)
+
+
+def _restore_trial(studio: Studio, demo: gr.Blocks, page: guidance.GuidancePage) -> None:
+    def restore(run_id: str | None) -> dict[Any, Any]:
+        return trial.stored(page.use.trial, studio.runs.open(run_id) if isinstance(run_id, str) else None)
+
+    demo.load(restore, page.use.saved, page.use.trial.widgets(), show_progress="hidden", api_visibility="private")
 
 
 def _publish(studio: Studio) -> None:

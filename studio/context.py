@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from studio.jobs import Worker
 from studio.services.core import Core
 from studio.services.plans import Plans
+from studio.services.similarity import Similarities
 from studio.services.statistics import Statistics
 from studio.services.stored import StoredRuns
 
@@ -20,8 +21,9 @@ class Studio:
     plans: Plans
     runs: StoredRuns
     statistics: Statistics
+    similarities: Similarities
 
     @classmethod
     def over(cls, core: Core) -> Studio:
         """A studio over a core."""
-        return cls(core, Worker(), Plans(core), StoredRuns(core), Statistics(core))
+        return cls(core, Worker(), Plans(core), StoredRuns(core), Statistics(core), Similarities(core))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,9 @@ GRID = "rgba(128,128,128,.22)"
 REFERENCE, BASELINE, CHOSEN = "#7d8793", "#d97706", "#0d9488"
 COLUMN_COLOURS = (REFERENCE, BASELINE, CHOSEN)
 BEFORE, AFTER = "#d97706", "#0d9488"
+OTHERS = ("#7c6cd6", "#2f8fd0", "#c2558f")  # recipes without a column
+LIMIT = "#e05a1f"
+DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
 MOST_CHANNELS = 768  # rows of a heatmap; more are merged by their largest value
 
@@ -45,8 +48,10 @@ def empty(text: str, height: int = 320) -> go.Figure:
     return figure
 
 
-def latent_sqnr(series: Mapping[str, Sequence[float | None]], colours: Mapping[str, str]) -> go.Figure:
-    """Signal to quantization noise of the latent after each sampler step, one line a recipe."""
+def latent_sqnr(
+    series: Mapping[str, Sequence[float | None]], colours: Mapping[str, str], dashed: Collection[str] = ()
+) -> go.Figure:
+    """Signal to quantization noise of the latent after each sampler step, one line a recipe; some of them dashed."""
     figure = go.Figure()
     for name, values in series.items():
         figure.add_trace(
@@ -55,7 +60,7 @@ def latent_sqnr(series: Mapping[str, Sequence[float | None]], colours: Mapping[s
                 y=list(values),
                 name=name,
                 mode="lines+markers",
-                line={"color": colours.get(name, CHOSEN), "width": 2},
+                line={"color": colours.get(name, CHOSEN), "width": 2, "dash": "dash" if name in dashed else "solid"},
                 marker={"size": 6},
                 hovertemplate="%{y:.1f} dB",
             )
@@ -120,6 +125,43 @@ def channel_timeline(timesteps: Any, absmax: Any, edges: Sequence[float], *, tit
     for edge in edges:
         figure.add_vline(x=float(edge), line={"color": "#ffffff", "width": 3})
         figure.add_vline(x=float(edge), line={"color": "#d4380d", "width": 1.5, "dash": "dash"})
+    return figure
+
+
+def block_lines(
+    timesteps: Any, values: Any, *, title: str, measure: str, threshold: float | None, edges: Sequence[float]
+) -> go.Figure:
+    """One line a block over the timesteps, `values` (timesteps, blocks); the plan's threshold and group edges as lines."""
+    figure = go.Figure()
+    count = values.shape[1]
+    for block in range(count):
+        figure.add_trace(
+            go.Scatter(
+                x=np.asarray(timesteps),
+                y=np.asarray(values[:, block], dtype=np.float64).round(6),
+                name=f"block {block}",
+                mode="lines+markers",
+                line={
+                    "color": f"hsl({360 * block / count:.0f}, 55%, 50%)",
+                    "width": 2,
+                    "dash": DASHES[block % len(DASHES)],
+                },
+                marker={"size": 5, "symbol": block % len(DASHES)},
+                hovertemplate=f"block {block}, timestep %{{x:.0f}}: %{{y:.3f}}<extra></extra>",
+            )
+        )
+    figure.update_layout(**_layout(title, "timestep (sampling runs from right to left)", measure, 430))
+    figure.update_layout(
+        showlegend=True, hovermode="closest", legend={"y": -0.2, "yanchor": "top"}, margin={"t": 44, "b": 20}
+    )
+    for edge in edges:
+        figure.add_vline(x=float(edge), line={"color": TEXT, "width": 1, "dash": "dot"})
+    if threshold is not None:
+        figure.add_hline(
+            y=float(threshold), line={"color": LIMIT, "width": 2, "dash": "dash"},
+            annotation={"text": f"threshold {threshold:g}", "font": {"color": LIMIT, "size": 12}},
+            annotation_position="top left",
+        )  # fmt: skip
     return figure
 
 

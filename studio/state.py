@@ -11,6 +11,7 @@ from studio.jobs import Event, Job
 from studio.services.stored import inside
 
 STAGES = ("load", "calibrate", "fit", "reference", "sample", "measure")
+ATTENTION_STAGES = ("load", "attention")
 
 
 @dataclass
@@ -26,6 +27,7 @@ class Progress:
     eta_seconds: float | None = None
     detail: str = ""
     warnings: list[str] = field(default_factory=list)
+    stages: tuple[str, ...] = STAGES  # those that this kind of run goes through
     began: float = field(default_factory=time.monotonic)
 
     def take(self, event: Event) -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import gradio as gr
 
 from studio.services import form as forms
-from studio.services import prompts
-from studio.services.form import Form
+from studio.services import prompts, sharing
+from studio.services.form import AppliedPlan, Form
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Controls:
     seed: gr.Number
     prompt: gr.Textbox
     extra_prompts: gr.Slider
+    share: gr.Checkbox
+    applied: gr.State
     model_line: gr.HTML
     method_line: gr.HTML
     group_line: gr.HTML
@@ -45,7 +47,7 @@ class Controls:
 
     def planned(self) -> list[Any]:
         """The widgets that the plan depends on."""
-        left_out = ("prompt", "extra_prompts", "baseline", "edges")
+        left_out = ("prompt", "extra_prompts", "baseline", "edges", "share", "applied")
         return [getattr(self, name) for name in Form.names() if name not in left_out]
 
 
@@ -127,7 +129,7 @@ def _quantization() -> dict[str, Any]:
         "method": method, "baseline": baseline, "method_line": method_line,
         "weight_bits": weight_bits, "activation_bits": activation_bits,
         "group_kind": group_kind, "group_line": group_line, "groups": groups, "edges": edges, "storage": storage,
-        "prices": gr.HTML(elem_id="prices"),
+        "prices": gr.HTML(elem_id="prices"), "share": share_box(None), "applied": gr.State(None),
     }  # fmt: skip
 
 
@@ -151,6 +153,16 @@ def _buttons() -> dict[str, Any]:
         compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
         cancel = gr.Button("Cancel", elem_id="cancel", min_width=80)
     return {"calibrate": calibrate, "compare": compare, "cancel": cancel}
+
+
+def share_box(applied: AppliedPlan | None, ticked: bool = False) -> gr.Checkbox:
+    """The tick box for attention sharing; it can be ticked once a plan was applied."""
+    label = "With attention sharing (no plan yet: the Guidance page makes one)"
+    if applied is not None:
+        label = f"With attention sharing (plan: {sharing.plan_words(applied.plan)})"
+    return gr.Checkbox(
+        ticked and applied is not None, label=label, interactive=applied is not None, elem_id="share", container=False
+    )
 
 
 def _line(text: str) -> str:

@@ -9,11 +9,11 @@ from studio.components import words
 from studio.jobs import Job
 from studio.services.machine import MachineFacts
 from studio.services.stored import psnr_text
-from studio.state import STAGES, Progress
+from studio.state import Progress
 
 STAGE_TITLES = {
     "load": "Load", "calibrate": "Calibrate", "fit": "Fit", "reference": "Reference", "sample": "Sample",
-    "measure": "Measure",
+    "measure": "Measure", "attention": "Attention",
 }  # fmt: skip
 
 
@@ -59,7 +59,7 @@ def waiting(title: str, place: int, running: str) -> str:
 def progress(view: Progress, job: Job) -> str:
     """The progress strip of a running job."""
     share = view.done / view.total if view.total else 0.0
-    steps = "".join(_stage(name, view.stage) for name in STAGES)
+    steps = "".join(_stage(name, view.stage) for name in view.stages)
     parts = [escape(view.recipe), escape(view.label), escape(view.detail)]
     said = " · ".join(dict.fromkeys(part for part in parts if part)) or "starting"
     count = f"{view.done} / {view.total}" if view.total else ""
@@ -118,6 +118,18 @@ def kernel_badge(facts: dict[str, Any]) -> str:
     )
 
 
+def sharing_badge(facts: dict[str, Any], *, short: bool = False) -> str:
+    """That a recipe shares attention, in how many blocks and what it is foretold to save; empty for one that does not."""
+    found = facts.get("sharing")
+    if not isinstance(found, dict):
+        return ""
+    blocks = {block for group in found.get("blocks") or () for block in group}
+    said = f"attention sharing in {words.plural(len(blocks), 'block')}"
+    if not short and found.get("predicted_saving") is not None:
+        said += f" · predicted saving {found['predicted_saving']:.1%} of attention FLOPs"
+    return f'<span class="tr-badge sharing">{escape(said)}</span>'
+
+
 def cards(facts: dict[str, Any], reference: bool = False) -> str:
     """The metric cards of one column; `facts` are a recipe's part of the report."""
     if not facts:
@@ -145,7 +157,8 @@ def cards(facts: dict[str, Any], reference: bool = False) -> str:
         + (_as_reference() if reference else _quality(facts) + latent)
         + _card("Effective bits", f"{bits:.2f}" if bits else "–", "" if reference else "a weight, scales included")
     )
-    return f'<div class="tr-badges">{kernel_badge(facts)}</div><div class="tr-cards">{body}</div>{_rejected(facts)}'
+    badges = kernel_badge(facts) + sharing_badge(facts)
+    return f'<div class="tr-badges">{badges}</div><div class="tr-cards">{body}</div>{_rejected(facts)}'
 
 
 def noise_floor(facts: dict[str, Any] | None) -> str:
@@ -259,5 +272,5 @@ def _metrics_row(name: str, facts: dict[str, Any]) -> str:
         f"{bits:.2f}" if bits else "–",
     )
     body = "".join(f'<td class="{"" if index == 0 else "num"}">{escape(cell)}</td>' for index, cell in enumerate(cells))
-    badge = kernel_badge(facts) if facts.get("kind") == "quantized" else ""
-    return f"<tr>{body}<td>{badge}</td></tr>"
+    badge = kernel_badge(facts) if facts.get("kind") in ("quantized", "shared") else ""
+    return f"<tr>{body}<td>{badge}{sharing_badge(facts, short=True)}</td></tr>"

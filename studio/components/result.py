@@ -9,13 +9,13 @@ import gradio as gr
 
 from studio import plots
 from studio.components import html
+from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
-from studio.services.form import METHOD_TITLES
+from studio.services.sharing import SUFFIX
 from studio.services.stored import StoredRun, archive, command_line
 from studio.state import LiveRun
 
-ROLES = ("reference", "baseline", "chosen")
 CLOSER_HEIGHT = 420
 FIRST_GAIN = 4
 SQNR_EMPTY = "The latent's distance from full precision, step by step, appears here after a comparison."
@@ -165,7 +165,7 @@ def stored(view: ResultView, run: StoredRun) -> Updates:
     """The updates that show a stored run in full."""
     names = list(run.recipes)
     shown = column_names(names)
-    updates: Updates = {view.run_id: run.id, view.same: _same(run), view.floor: html.noise_floor(run.noise_floor)}
+    updates: Updates = {view.run_id: run.id, view.same: _same(run), view.floor: _floor(run, shown)}
     for index, column in enumerate(view.columns):
         name = shown[index] if index < len(shown) else None
         updates[column.box] = gr.Column(visible=name is not None)
@@ -225,47 +225,29 @@ def sqnr_figure(run: StoredRun) -> Any:
     }
     if not series:
         return plots.empty("This run has no latent SQNR: it compared nothing with full precision.")
-    shown = column_names(list(run.recipes))
-    colours = {
-        title_of(name, run.recipes[name]): colour for name, colour in zip(shown, plots.COLUMN_COLOURS, strict=False)
-    }
-    return plots.latent_sqnr(series, colours)
+    colours = {title_of(name, run.recipes[name]): colour for name, colour in line_colours(list(run.recipes)).items()}
+    dashed = {title_of(name, facts) for name, facts in run.recipes.items() if name.endswith(SUFFIX)}
+    return plots.latent_sqnr(series, colours, dashed)
 
 
-def column_names(names: list[str]) -> list[str]:
-    """The recipes that get a column: the first, the second and the last."""
-    return names if len(names) <= len(ROLES) else [names[0], names[1], names[-1]]
-
-
-def title_of(name: str, facts: dict[str, Any]) -> str:
-    """ "TR-DQ W4A8" for "tr-dq-w4a8"; the report's label for the reference."""
-    if name == "fp":
-        return str(facts.get("label") or "Full precision")
-    method, _, bits = name.rpartition("-")
-    return f"{METHOD_TITLES.get(method, method)} {bits.upper()}" if method else name
-
-
-def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:
-    """The line under a column's title."""
-    if facts.get("kind") == "reference":
-        reference = run.report.get("reference") or {}
-        device = str(reference.get("device") or "cpu").upper()
-        return f"reference, {reference.get('label', 'full precision')} on the {device}"
-    recipe = next((recipe for recipe in run.spec.recipes if recipe.name == name), None) if run.spec else None
-    if recipe is None or (recipe.time.count == 1 and recipe.time.kind == "uniform"):
-        return "one transform for all timesteps"
-    count = recipe.time.groups_in(run.spec.steps) if run.spec else recipe.time.count
-    groups = "a group per step" if recipe.time.kind == "per_step" else f"{count} timestep groups"
-    return f"{groups}, {recipe.storage}"
+def _floor(run: StoredRun, shown: list[str]) -> str:
+    """The noise floor, and every recipe in numbers where there are more than columns."""
+    if len(shown) == len(run.recipes):
+        return html.noise_floor(run.noise_floor)
+    rows = [(title_of(name, facts), facts) for name, facts in run.recipes.items()]
+    return html.noise_floor(run.noise_floor) + html.metrics_table(rows, None)
 
 
 def _same(run: StoredRun) -> str:
     if not run.has_pictures:
         return '<p class="tr-same">A timing only: this run made no pictures, so it says nothing about quality.</p>'
     seed = run.spec.seed if run.spec else 0
+    shares = any(facts.get("sharing") for facts in run.recipes.values())
+    differs = "the arithmetic of the linears differs"
+    differs = f"{differs}, and where it says so attention is shared" if shares else differs
     return (
         f'<p class="tr-same">Same prompt embeddings, same initial latents (seed {seed}), same sampler and decoder in every '
-        "column; only the arithmetic of the linears differs.</p>"
+        f"column; only {differs}.</p>"
     )
 
 

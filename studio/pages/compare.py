@@ -12,15 +12,13 @@ from studio.components import html, plan, result
 from studio.components.controls import Controls
 from studio.context import Studio
 from studio.jobs import Job, explain
-from studio.pages.shared import fail_if_failed, refuse, session_of
+from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, refuse, strip_of, submit
 from studio.services import models
 from studio.services.form import Form, RunSpec, calibrate_spec, compare_spec, profile_spec
-from studio.services.work import run_work
 from studio.state import LiveRun, Progress
 
 Updates = dict[Any, Any]
 READY = "Ready. Choose what to compare, then press Compare. Reloading the page stops what runs; what finished is kept."
-JOBS = {"concurrency_id": "jobs", "concurrency_limit": 16, "api_visibility": "private", "show_progress": "hidden"}
 SAME_AT_START = "Every column gets the same prompt embeddings, initial latents, sampler and decoder."
 
 
@@ -86,18 +84,6 @@ def plan_at_load(studio: Studio, demo: gr.Blocks, controls: Controls, page: Comp
     demo.load(handler, controls.inputs(), outputs, show_progress="hidden", api_visibility="private")
 
 
-# Runs in the browser before the handler; hands the values on unchanged.
-CLOSE_SIDEBAR = """
-(...values) => {
-  const sidebar = document.querySelector('.sidebar');
-  if (window.innerWidth < 768 && sidebar && sidebar.classList.contains('open')) {
-    sidebar.querySelector('.toggle-button').click();
-  }
-  return values;
-}
-"""
-
-
 @dataclass(frozen=True)
 class _Session:
     """The handlers."""
@@ -115,24 +101,23 @@ class _Session:
 
     def cancel(self, request: gr.Request) -> None:
         """Ask this visitor's job to stop."""
-        if not self.studio.worker.cancel(session_of(request)):
-            gr.Info("Nothing of yours is running.")
+        cancel_own(self.studio, request)
 
     def calibrate(self, request: gr.Request, *values: Any) -> Iterator[Updates]:
         """Gather the statistics of full precision and fit the chosen recipe, showing how far it is."""
         page = self.page
         try:
             spec = calibrate_spec(Form.of(*values))
-            job = self._submit(spec, "calibration", request)
+            job = submit(self.studio, spec, "calibration", request)
         except Exception as error:
             yield from refuse(error, page.problem)
             return
         live = LiveRun(Progress(f"Calibrating {spec.recipes[0].name} on {spec.model}"))
-        yield {page.problem: "", page.strip: self._strip(live.progress, job)}
+        yield {page.problem: "", page.strip: strip_of(self.studio, live.progress, job)}
         for events in self.studio.worker.follow(job):
             live.take(events)
             if not job.finished:
-                yield {page.strip: self._strip(live.progress, job)}
+                yield {page.strip: strip_of(self.studio, live.progress, job)}
         yield {page.strip: html.ended(live.progress, job, "The statistics are stored and will be used again.")}
         fail_if_failed(job)
 
@@ -141,21 +126,24 @@ class _Session:
         page = self.page
         try:
             spec = self._comparison(Form.of(*values))
-            job = self._submit(spec, "comparison", request)
+            job = submit(self.studio, spec, "comparison", request)
         except Exception as error:
             yield from refuse(error, page.problem)
             return
-        names = [recipe.name for recipe in spec.recipes]
-        live = LiveRun(Progress(f"Comparing {', '.join(names)}"))
+        live = LiveRun(Progress(f"Comparing {', '.join(recipe.name for recipe in spec.recipes)}"))
+        names = result.column_names([recipe.name for recipe in spec.recipes])
         yield {
             page.problem: "",
-            page.strip: self._strip(live.progress, job),
+            page.strip: strip_of(self.studio, live.progress, job),
             **result.cleared(page.result, names, SAME_AT_START),
         }
         for events in self.studio.worker.follow(job):
             changed = live.take(events)
             if not job.finished:
-                yield {page.strip: self._strip(live.progress, job), **result.live(page.result, live, names, changed)}
+                yield {
+                    page.strip: strip_of(self.studio, live.progress, job),
+                    **result.live(page.result, live, names, changed),
+                }
         yield self._final(live, job)
         fail_if_failed(job)
 
@@ -170,14 +158,3 @@ class _Session:
         if stored is None or not stored.recipes:
             return strip
         return strip | result.stored(page.result, stored) | {page.saved: stored.id}
-
-    def _submit(self, spec: RunSpec, what: str, request: gr.Request) -> Job:
-        return self.studio.worker.submit(
-            session_of(request), f"{what} of {spec.model}", run_work(self.studio.core, spec)
-        )
-
-    def _strip(self, progress: Progress, job: Job) -> str:
-        place = self.studio.worker.place(job)
-        if place:
-            return html.waiting(progress.title, place, self.studio.worker.running_label())
-        return html.progress(progress, job)

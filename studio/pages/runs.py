@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from studio.components import html, result
-from studio.components.controls import Controls
+from studio.components.controls import Controls, share_box
 from studio.context import Studio
 from studio.services import pictures
 from studio.services.form import form_of_spec
@@ -122,6 +122,7 @@ class _Handlers:
             raise gr.Error("This run has no settings that can be read.", print_exception=False)
         gr.Success(f"The settings of {run.id} are in the sidebar.")
         values = form_of_spec(run.spec)
+        values["share"] = share_box(values["applied"], bool(values["share"]))
         return {getattr(self.controls, name): value for name, value in values.items()} | {
             self.tabs: gr.Tabs(selected="compare")
         }
@@ -153,7 +154,21 @@ def gallery_of(run: StoredRun) -> list[tuple[Any, str]]:
 
 
 def metrics_table(run: StoredRun) -> str:
-    """One line of numbers for each recipe."""
-    return html.metrics_table(
-        [(result.title_of(name, facts), facts) for name, facts in run.recipes.items()], run.noise_floor
-    )
+    """One line of numbers for each recipe, or what else the run left behind."""
+    if run.recipes:
+        return html.metrics_table(recipe_rows(run), run.noise_floor)
+    found = run.report.get("similarity")
+    if isinstance(found, dict) and found.get("block_error"):
+        error, cosine = found.get("output_error"), found.get("map_cosine")
+        return html.notice(
+            f"Attention of both guidance branches, mean over blocks and steps: relative output error {error:.3f}, "
+            f"map cosine {cosine:.3f}. The Guidance page draws it block by block.", "info",
+        )  # fmt: skip
+    if run.state == "done":
+        return html.notice("This run measured no recipe; what it left is stored and will be used again.", "info")
+    return html.notice("This run ended before it measured anything.", "info")
+
+
+def recipe_rows(run: StoredRun) -> list[tuple[str, dict[str, Any]]]:
+    """Title and facts of every recipe of a run."""
+    return [(result.title_of(name, facts), facts) for name, facts in run.recipes.items()]

@@ -1,4 +1,4 @@
-"""The core as the studio sees it: two modules, imported when first used so that the page is up before torch is."""
+"""The core as the studio sees it: four modules, imported when first used so that the page is up before torch is."""
 
 from __future__ import annotations
 
@@ -23,6 +23,14 @@ class Core(Protocol):
     @property
     def inspection(self) -> Any:
         """`trdq_core.inspection` or what stands in for it."""
+
+    @property
+    def similarity(self) -> Any:
+        """`trdq_core.similarity` or what stands in for it."""
+
+    @property
+    def timegroups(self) -> Any:
+        """`trdq_core.timegroups` or what stands in for it."""
 
     def backend_label(self) -> str:
         """The kernels that run here in a few words; "loading" until it is known."""
@@ -55,7 +63,7 @@ class InstalledCore:
         title = titles.get(facts["backend"], str(facts["backend"]))
         vnni = facts["backend"] == "cpp" and facts.get("vectorised")
         self._backend = f"{title}, AVX512-VNNI" if vnni else title
-        _ = self.inspection
+        _ = self.inspection, self.similarity
 
     @cached_property
     def runs(self) -> Any:
@@ -66,6 +74,16 @@ class InstalledCore:
     def inspection(self) -> Any:
         """`trdq_core.inspection`; importing it loads torch."""
         return importlib.import_module("trdq_core.inspection")
+
+    @cached_property
+    def similarity(self) -> Any:
+        """`trdq_core.similarity`; importing it loads torch."""
+        return importlib.import_module("trdq_core.similarity")
+
+    @cached_property
+    def timegroups(self) -> Any:
+        """`trdq_core.timegroups`; importing it loads torch."""
+        return importlib.import_module("trdq_core.timegroups")
 
 
 def warm_up(core: InstalledCore) -> threading.Thread:

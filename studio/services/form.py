@@ -6,19 +6,21 @@ import dataclasses
 import math
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from studio.services import prompts
 from trdq_core.errors import RecipeError
-from trdq_core.presets import METHODS, make_recipe
+from trdq_core.presets import METHODS, make_recipe, with_sharing
 from trdq_core.specs import (
     ACTIVATION_BITS,
     STORAGE_MODES,
     TIME_GROUP_KINDS,
     TIME_SPAN,
     WEIGHT_BITS,
+    Command,
     Recipe,
     RunSpec,
+    SharingSpec,
     Storage,
     check_prompt,
 )
@@ -45,6 +47,13 @@ STORAGE_LINES: dict[Storage, str] = {
 MOST_EXTRA_PROMPTS = 32
 
 
+class AppliedPlan(NamedTuple):
+    """A sharing plan that a visitor applied on the Guidance page, and the model it was made for."""
+
+    model: str
+    plan: SharingSpec
+
+
 @dataclass(frozen=True, kw_only=True)
 class Form:
     """The controls' values as they came from the page, in the order of the controls; nothing is trusted yet."""
@@ -63,6 +72,8 @@ class Form:
     seed: Any = 0
     prompt: Any = ""
     extra_prompts: Any = 0
+    share: Any = False
+    applied: Any = None  # an AppliedPlan, kept on the server
 
     @classmethod
     def names(cls) -> list[str]:
@@ -89,22 +100,20 @@ def baseline_recipe(form: Form) -> Recipe:
 
 
 def compare_spec(form: Form) -> RunSpec:
-    """The comparison that the form asks for: FP, the baseline, the chosen method."""
+    """The comparison that the form asks for: FP, the baseline, the chosen method; each also with sharing if it is ticked."""
     prompt = check_prompt(str(form.prompt or ""))
-    extra = _whole("also measure on", form.extra_prompts, 0, MOST_EXTRA_PROMPTS)
-    recipes = (make_recipe("fp"), baseline_recipe(form), chosen_recipe(form))
-    return _run_spec(form, "compare", recipes, (prompt, *prompts.evaluation(extra, prompt)))
+    extra = whole("also measure on", form.extra_prompts, 0, MOST_EXTRA_PROMPTS)
+    return run_spec(form, "compare", _compared(form), (prompt, *prompts.evaluation(extra, prompt)))
 
 
 def profile_spec(form: Form) -> RunSpec:
     """The timing that stands in for a comparison where a model has random weights and its pictures say nothing."""
-    recipes = (make_recipe("fp"), baseline_recipe(form), chosen_recipe(form))
-    return _run_spec(form, "profile", recipes, (check_prompt(str(form.prompt or "")),))
+    return run_spec(form, "profile", _compared(form), (check_prompt(str(form.prompt or "")),))
 
 
 def calibrate_spec(form: Form) -> RunSpec:
     """The calibration for the chosen method."""
-    return _run_spec(form, "calibrate", (chosen_recipe(form),), ())
+    return run_spec(form, "calibrate", (chosen_recipe(form),), ())
 
 
 def parse_edges(text: Any) -> tuple[float, ...]:
@@ -148,7 +157,10 @@ def form_of_spec(spec: RunSpec) -> dict[str, Any]:
     }  # fmt: skip
     if spec.prompts:
         values |= {"prompt": spec.prompts[0], "extra_prompts": len(spec.prompts) - 1}
+    plan = next((recipe.sharing for recipe in spec.recipes if recipe.sharing), None)
+    values |= {"share": plan is not None, "applied": AppliedPlan(spec.model, plan) if plan else None}
     quantized = [recipe for recipe in spec.recipes if recipe.quantized]
+    quantized = [recipe for recipe in quantized if recipe.sharing is None] or quantized
     if not quantized:
         return values
     chosen = quantized[-1]
@@ -163,6 +175,29 @@ def form_of_spec(spec: RunSpec) -> dict[str, Any]:
     return values
 
 
+def shared(form: Form, recipes: tuple[Recipe, ...], applied: AppliedPlan) -> tuple[Recipe, ...]:
+    """Each recipe and, beside it, the same with the applied plan; RecipeError where the plan cannot work."""
+    if applied.model != form.model:
+        raise RecipeError(
+            f"attention sharing: the plan was made for {applied.model} and the model is {form.model}; "
+            "apply a plan of this model on the Guidance page, or switch sharing off."
+        )
+    if form.guidance == 1:
+        raise RecipeError(
+            "guidance: got 1, which has one branch and nothing to share; give more, or switch sharing off."
+        )
+    return tuple(both for recipe in recipes for both in (recipe, with_sharing(recipe, applied.plan)))
+
+
+def _compared(form: Form) -> tuple[Recipe, ...]:
+    recipes = (make_recipe("fp"), baseline_recipe(form), chosen_recipe(form))
+    if not form.share:
+        return recipes
+    if not isinstance(form.applied, AppliedPlan):
+        raise RecipeError("attention sharing: there is no plan yet; make and apply one on the Guidance page.")
+    return shared(form, recipes, form.applied)
+
+
 def _recipe(form: Form, method: str) -> Recipe:
     kind = form.group_kind
     if kind not in TIME_GROUP_KINDS:
@@ -172,11 +207,11 @@ def _recipe(form: Form, method: str) -> Recipe:
     edges = parse_edges(form.edges) if kind == "edges" else ()
     groups = len(edges) + 1 if kind == "edges" else 1
     if kind == "uniform":
-        groups = _whole("groups", form.groups, 1, 1000)
+        groups = whole("groups", form.groups, 1, 1000)
     return make_recipe(
         method,
-        weight_bits=_whole("weight bits", form.weight_bits, 1, 16),
-        activation_bits=_whole("activation bits", form.activation_bits, 1, 16),
+        weight_bits=whole("weight bits", form.weight_bits, 1, 16),
+        activation_bits=whole("activation bits", form.activation_bits, 1, 16),
         groups=groups,
         group_kind=kind,
         edges=edges,
@@ -184,27 +219,30 @@ def _recipe(form: Form, method: str) -> Recipe:
     )
 
 
-def _run_spec(form: Form, command: Any, recipes: tuple[Recipe, ...], texts: tuple[str, ...]) -> RunSpec:
+def run_spec(form: Form, command: Command, recipes: tuple[Recipe, ...], texts: tuple[str, ...]) -> RunSpec:
+    """A run with the form's model, steps, guidance and seed, calibrated as the command line would."""
     return RunSpec(
         command=command,
         model=str(form.model or ""),
         recipes=recipes,
         prompts=texts,
         calibration_prompts=prompts.calibration(),
-        steps=_whole("steps", form.steps, -1_000_000, 1_000_000),
-        guidance=_number("guidance", form.guidance),
-        seed=_whole("seed", form.seed, -(2**40), 2**40),
+        steps=whole("steps", form.steps, -1_000_000, 1_000_000),
+        guidance=number("guidance", form.guidance),
+        seed=whole("seed", form.seed, -(2**40), 2**40),
     )
 
 
-def _number(label: str, value: Any) -> float:
+def number(label: str, value: Any) -> float:
+    """`value` as a finite number; RecipeError names the field."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         raise RecipeError(f"{label}: it is empty or not a number; write one.")
     return float(value)
 
 
-def _whole(label: str, value: Any, least: int, most: int) -> int:
-    number = _number(label, value)
-    if number != int(number) or not least <= number <= most:
-        raise RecipeError(f"{label}: got {number:g}; give a whole number from {least} to {most}.")
-    return int(number)
+def whole(label: str, value: Any, least: int, most: int) -> int:
+    """`value` as a whole number from `least` to `most`; RecipeError names the field."""
+    given = number(label, value)
+    if given != int(given) or not least <= given <= most:
+        raise RecipeError(f"{label}: got {given:g}; give a whole number from {least} to {most}.")
+    return int(given)

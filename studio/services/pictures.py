@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,12 @@ def difference(left: Image.Image, right: Image.Image, gain: int) -> Image.Image 
     end = np.where(signed < 0, COOL, WARM)
     colours = EVEN + (end - EVEN) * np.abs(signed)
     return enlarge(Image.fromarray(np.rint(colours).astype(np.uint8)))
+
+
+def psnr(left: Image.Image, right: Image.Image) -> float:
+    """Peak signal-to-noise ratio in dB of two pictures of one size; infinite if they are equal."""
+    error = float(np.mean((as_floats(left) - as_floats(right)) ** 2))
+    return math.inf if error == 0 else -10 * math.log10(error)
 
 
 def enlarge(picture: Image.Image) -> Image.Image:

@@ -46,9 +46,14 @@ class StoredRun:
 
     @property
     def recipes(self) -> dict[str, dict[str, Any]]:
-        """The report's recipes by name; the noise floor is left out."""
+        """The report's recipes by name; the noise floor is left out, and a row that only shares has the reference's label."""
         found = self.report.get("recipes") or {}
-        return {name: facts for name, facts in found.items() if facts.get("kind") != "noise_floor"}
+        label = (self.report.get("reference") or {}).get("label")
+        return {
+            name: {**facts, "label": label} if facts.get("kind") == "shared" else facts
+            for name, facts in found.items()
+            if facts.get("kind") != "noise_floor"
+        }
 
     @property
     def has_pictures(self) -> bool:

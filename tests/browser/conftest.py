@@ -15,7 +15,7 @@ import pytest
 from tests.studio.fake_core import FakeCore
 
 CHROMIUM = os.environ.get("TRDQ_CHROMIUM") or shutil.which("chromium")
-PATIENCE = 30_000  # ms: two cores, shared
+PATIENCE = int(os.environ.get("TRDQ_PATIENCE", "30000"))  # ms: two cores, shared
 # Browser messages that are not about us: superseded pictures, Vega inside gradio, and slow software rendering.
 HARMLESS = ("ERR_ABORTED", "vega", "WebGL", "GPU stall", "favicon")
 

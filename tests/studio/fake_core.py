@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, uniform_groups, write_similarity
 from trdq_core.errors import CalibrationError, Cancelled, ModelError
 from trdq_core.specs import Recipe, RunSpec
 
@@ -150,8 +151,13 @@ class _FakeRun:
 
     def go(self) -> dict[str, Any]:
         try:
-            self._calibrate()
-            report = self._report() if self.spec.command == "compare" else {"command": self.spec.command, "recipes": {}}
+            if self.spec.command == "attention":
+                report = self._attention()
+            else:
+                self._calibrate()
+                report = {"command": self.spec.command, "recipes": {}}
+            if self.spec.command == "compare":
+                report = self._report()
         except Cancelled as error:
             self._write({"state": "cancelled"}, "state.json")
             self.say({"kind": "cancelled", "text": str(error)})
@@ -176,6 +182,19 @@ class _FakeRun:
         facts = {"model": self.spec.model, "prompts": 16, "steps": self.spec.steps, "guidance": self.spec.guidance,
                  "seed": self.spec.seed, "created": "2026-11-21T05:00:00", "seconds": 12.0}  # fmt: skip
         (folder / "facts.json").write_text(json.dumps(facts))
+
+    def _attention(self) -> dict[str, Any]:
+        spec = self.spec
+        self.say({"kind": "stage", "stage": "attention", "label": "comparing both branches", "recipe": None})
+        total = len(spec.prompts) * spec.steps
+        for step in range(total):
+            self._pause("attention")
+            self.say({"kind": "progress", "stage": "attention", "done": step + 1, "total": total, "recipe": None,
+                      "eta_seconds": (total - step) * self.runs.pace, "detail": spec.prompts[step // spec.steps]})  # fmt: skip
+        made = write_similarity(self.folder, spec)
+        means = {"map_cosine": float(made["map_cosine"].mean()), "output_error": float(made["block_error"].mean()),
+                 "block_error": made["block_error"].mean(0).tolist()}  # fmt: skip
+        return {"command": "attention", "recipes": {}, "similarity": means}
 
     def _report(self) -> dict[str, Any]:
         recipes: dict[str, Any] = {}
@@ -218,7 +237,9 @@ class _FakeRun:
         y, x = np.mgrid[0:SIDE, 0:SIDE] / SIDE - 0.5
         disc = (x**2 + y**2 < 0.12)[..., None]
         picture = np.where(disc, np.array([0.85, 0.15, 0.2]) - 0.3 * y[..., None], 1.0)
-        amount = noise + (0.0 if name == "fp" else 0.04 if name.startswith("tr-dq") else 0.12)
+        amount = noise + (
+            0.0 if name == "fp" else 0.02 if name == "fp+sharing" else 0.04 if name.startswith("tr-dq") else 0.12
+        )
         random = np.random.default_rng(len(relative)).normal(size=picture.shape)
         Image.fromarray((np.clip(picture + amount * random, 0, 1) * 255).astype(np.uint8)).save(path)
 
@@ -268,6 +289,8 @@ class FakeCore:
 
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.runs, self.inspection = FakeRuns(folder, pace), FakeInspection()
+        self.similarity = FakeSharing()
+        self.timegroups = SimpleNamespace(TimeGroups=FakeTimeGroups, make_groups=uniform_groups)
 
     def backend_label(self) -> str:
         return "C++, AVX512-VNNI"
@@ -303,6 +326,13 @@ def _metrics(recipe: Recipe, images: list[str], spec: RunSpec) -> dict[str, Any]
     step = {"median": 41.0, "p10": 40.2, "p90": 44.1, "n": 100}
     whole = {"median": 912.0, "p10": 900.0, "p90": 960.0, "n": 8}
     common = {"images": images, "peak_rss_bytes": 812_000_000, "fp_weight_bytes": size}
+    shares = {"sharing": {**recipe.sharing.to_dict(), "shared_calls": 40, "plain_calls": 20}} if recipe.sharing else {}
+    if not recipe.quantized and recipe.sharing:
+        faster = {"median": 38.0, "p10": 37.2, "p90": 39.1, "n": 100}
+        return {"kind": "shared", "psnr": 41.0, "ssim": 0.99, "identical": False, "n": len(images), "psnr_std": None,
+                "ssim_std": None, "latent_sqnr_db": [45.0] * spec.steps, "mean_latent_sqnr_db": 45.0, "step_ms": faster,
+                "end_to_end_ms": whole, "weight_bytes": size, "effective_bits": 32.0, "kernels": {"float32 linear": 9},
+                "simulated": False, "rejected": [], **common, **shares}  # fmt: skip
     if not recipe.quantized:
         return {"kind": "reference", "label": "FP32", "step_ms": step, "end_to_end_ms": whole, "weight_bytes": size,
                 "effective_bits": 32.0, "kernels": {}, "simulated": False, **common}  # fmt: skip
@@ -317,6 +347,7 @@ def _metrics(recipe: Recipe, images: list[str], spec: RunSpec) -> dict[str, Any]
         "end_to_end_ms": None if simulated else whole, "weight_bytes": size * rule.weight.bits // 32,
         "resident_bytes": size // 8, "disk_bytes": size // 2, "effective_bits": rule.weight.bits + 0.3,
         "kernels": {"simulated": 9} if simulated else {kernel: 9}, "simulated": simulated, "rejected": [], **common,
+        **shares,
     }  # fmt: skip
 
 
