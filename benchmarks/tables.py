@@ -3,6 +3,7 @@
     python -m benchmarks.tables                             # rewrite the tables
     python -m benchmarks.tables --check                     # exit 1 if they are not what the file says
     python -m benchmarks.tables --add RUN/report.json       # take the results of runs into the file first
+    python -m benchmarks.tables --add RUN/evaluation.json --tag ablation    # evaluations, into a table of ablations
 
 The file is long: one row for each number, with the date, machine and sample size it belongs to. Of several measurements of
 one thing on one machine the tables show the latest; the file keeps them all.
@@ -17,6 +18,8 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from benchmarks.evaluation_tables import ABLATION, is_evaluation, make_evaluation_tables, rows_from_evaluation
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.csv"
@@ -72,8 +75,8 @@ def add_rows(rows: Iterable[Mapping[str, object]], path: Path = RESULTS) -> None
         writer.writerows(rows)
 
 
-def rows_from_report(report: Mapping[str, Any]) -> list[Row]:
-    """The numbers of a run's report as rows of the results file."""
+def rows_from_report(report: Mapping[str, Any], *, tag: str = "") -> list[Row]:
+    """The numbers of a run's report as rows of the results file; `tag` puts an evaluation among the ablations."""
     machine, spec = report.get("machine") or {}, report.get("spec") or {}
     head = {
         "date": str(report.get("created", ""))[:10],
@@ -81,6 +84,8 @@ def rows_from_report(report: Mapping[str, Any]) -> list[Row]:
         "threads": machine.get("threads", ""),
         "model": report.get("model", ""),
     }
+    if report.get("command") == "evaluate":
+        return rows_from_evaluation(report, head, tag=tag)
     setting = f"{spec.get('steps')} steps, guidance {spec.get('guidance')}, seed {spec.get('seed')}"
     baseline = (report["recipes"].get("fp") or {}).get("step_ms") or {}
     rows = []
@@ -112,13 +117,19 @@ def _numbers(
 
 
 def make_tables(rows: Sequence[Row], *, brief: bool) -> str:
-    """Markdown: one table for each model and machine, recipes down, metrics across, with how it was measured above it."""
+    """Markdown: one table for each model and machine, recipes down, metrics across, with how it was measured above it.
+
+    The long tables end with those of evaluations.
+    """
     if not rows:
         return EMPTY
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
-    return "\n\n".join(_table(key, members, brief=brief) for key, members in groups.items())
+        if not is_evaluation(row):
+            groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
+    found = [_table(key, members, brief=brief) for key, members in groups.items()]
+    evaluations = "" if brief else make_evaluation_tables(rows)
+    return "\n\n".join([*found, *([evaluations] if evaluations else [])])
 
 
 def _table(key: tuple[str, str, str], rows: Sequence[Row], *, brief: bool) -> str:
@@ -197,9 +208,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Write the result tables of README.md and docs/results.md.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     parser.add_argument("--add", nargs="+", metavar="REPORT", default=[], help="report.json files to take in first")
+    parser.add_argument(
+        "--tag", choices=(ABLATION,), default="", help="put added evaluations into the table of ablations"
+    )
     flags = parser.parse_args(arguments)
     for file in flags.add:
-        add_rows(rows_from_report(json.loads(Path(file).read_text(encoding="utf-8"))))
+        add_rows(rows_from_report(json.loads(Path(file).read_text(encoding="utf-8")), tag=flags.tag))
     stale = {page: text for page, text in rewritten(read_results()).items() if page.read_text(encoding="utf-8") != text}
     for page, text in stale.items():
         if flags.check:

@@ -134,3 +134,37 @@ def test_the_attention_command_takes_a_threshold() -> None:
         spec_of("attention", "--edges", "500")
     with pytest.raises(RecipeError, match="guidance: got 1, which has one branch"):
         spec_of("attention", "--guidance", "1")
+
+
+def test_evaluate_gives_each_bits_to_recipes_without() -> None:
+    spec = spec_of(*"evaluate --recipes fp,rtn,tr-dq-w4a4 --bits W8A8,w3a4 --groups 2 --prompts 3 --seeds 2".split())
+    assert (spec.command, spec.seeds, len(spec.prompts)) == ("evaluate", 2, 3)
+    assert [recipe.name for recipe in spec.recipes] == ["fp", "rtn-w8a8", "rtn-w3a4", "tr-dq-w4a4"]
+    assert spec.recipes[-1].time.count == 2
+    plain = spec_of("evaluate")
+    assert len(plain.recipes) == 2 * 5
+    assert (len(plain.prompts), plain.seeds) == (16, 1)
+
+
+def test_evaluate_takes_recipe_files_and_its_own_spec(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(parse_recipe("rtn-w4a4").to_dict() | {"name": "mine"}))
+    spec = spec_of("evaluate", "--recipes", "rtn", "--bits", "W8A8", "--recipe-file", str(file), "--seeds", "3")
+    assert [recipe.name for recipe in spec.recipes] == ["rtn-w8a8", "mine"]
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    assert spec_of("evaluate", "--spec", str(tmp_path / "spec.json")) == spec
+
+
+def test_sensitivity_has_a_recipe_for_each_of_its_bits(tmp_path: Path) -> None:
+    spec = spec_of(*"sensitivity --bits W8A8,W4A4 --method smoothquant --prompts 3".split())
+    assert spec.bits == ("W8A8", "W4A4")
+    assert [recipe.name for recipe in spec.recipes] == ["smoothquant-w8a8", "smoothquant-w4a4"]
+    assert spec.prompts == spec.calibration_prompts[:3], "bits are not chosen on the prompts results are measured on"
+    assert [recipe.name for recipe in spec_of("sensitivity").recipes][-1] == "rtn-w3a4"
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    assert spec_of("sensitivity", "--spec", str(tmp_path / "spec.json")) == spec
+    for method in ("fp", "rtn-w4a8", ""):
+        with pytest.raises(RecipeError, match="--method: got .* without bits, such as rtn"):
+            spec_of("sensitivity", "--method", method)
+    with pytest.raises(RecipeError, match="did you mean tr-dq"):
+        spec_of("sensitivity", "--method", "tr-dk")

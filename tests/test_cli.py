@@ -21,7 +21,9 @@ from trdq_core.errors import Cancelled, RecipeError, StorageError
 from trdq_core.specs import RunSpec
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("models", "plan", "calibrate", "sample", "compare", "profile")
+COMMANDS = (
+    "models", "plan", "calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity", "budget",
+)  # fmt: skip
 POCKET = ROOT / "assets" / "pocket-image" / "model_index.json"
 needs_pocket = pytest.mark.skipif(not POCKET.exists(), reason="the pocket model is not in assets/pocket-image")
 
@@ -89,6 +91,13 @@ def test_module_is_the_command_line() -> None:
         ("compare --calibration-prompts 0", "allowed is 1 or more"),
         ("compare --spec no/such/spec.json", "no/such/spec.json cannot be read"),
         ("compare --recipe-file no/such.json", "no/such.json cannot be read"),
+        ("evaluate --bits W5X", "--bits: got 'W5X'; write weight and activation bits, such as W4A8"),
+        ("evaluate --bits W8A8,w8a8", "W8A8 is named twice"),
+        ("evaluate --seeds 0", "seeds: got 0; allowed is 1 to 100"),
+        ("evaluate --recipes rtn,", "recipe: the name is empty"),
+        ("sensitivity --bits 4", "--bits: got '4'"),
+        ("sensitivity --method fp", "give a method that quantizes"),
+        ("budget --sensitivity no/such.json --bytes 3MB", "no/such.json cannot be read"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(words: str, sentence: str, runs: FakeRuns, capsys: Any) -> None:
@@ -109,6 +118,8 @@ def test_a_mistake_is_one_sentence_and_status_2(words: str, sentence: str, runs:
         ("compare --prompts 2 --prompt owl", "not allowed with argument"),
         ("compair", "invalid choice: 'compair'"),
         ("", "required: COMMAND"),
+        ("budget --bytes 3MB", "required: --sensitivity"),
+        ("evaluate --seeds two", "argument --seeds: invalid int value"),
     ],
 )
 def test_a_wrong_flag_is_one_line_and_status_2(words: str, sentence: str, capsys: Any) -> None:
@@ -211,6 +222,26 @@ def test_plan_shows_layers_totals_and_why_one_is_kept(runs: FakeRuns, capsys: An
     ):
         assert part in shown
     assert "note: all sets stay on disk" in shown
+
+
+def test_budget_shows_its_choice_and_writes_a_recipe(tmp_path: Path, capsys: Any) -> None:
+    from tests.test_budget import LEAST, MOST, TABLE
+
+    TABLE.save(tmp_path / "sensitivity.json")
+    out, limit = tmp_path / "recipe.json", (LEAST + MOST) // 2
+    words = ["budget", "--sensitivity", str(tmp_path), "--bytes", str(limit)]
+    assert cli.main([*words, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert f"of {limit:,} bytes in memory; summed error" in shown
+    assert "the least possible" in shown
+    (recipe,) = arguments.spec_from({"command": "compare", "recipe_file": [str(out)]}).recipes
+    assert recipe.name == f"rtn-{limit}-bytes"
+    assert cli.main([*words, "--json", "--packed", "--error", "layer"]) == 0
+    assert json.loads(capsys.readouterr().out)["bytes"] <= limit
+    assert cli.main(["budget", "--sensitivity", str(tmp_path), "--bytes", "1kB"]) == 2
+    assert "give at least that" in capsys.readouterr().err
+    assert cli.main([*words, "--out", str(tmp_path / "no" / "such" / "recipe.json")]) == 2
+    assert "check the path" in capsys.readouterr().err
 
 
 # Stopping

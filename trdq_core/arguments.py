@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trdq_core import __version__
+from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.specs import SHARING_MEASURES, STORAGE_MODES, TIME_GROUP_KINDS, Recipe, RunSpec, SharingSpec
@@ -27,10 +28,13 @@ DEFAULT_RECIPES = {
     "compare": "fp,rtn-w4a8,tr-dq-w4a8",
     "profile": "fp,rtn-w8a8",
     "attention": "",
+    "evaluate": "rtn,tr-dq",
+    "sensitivity": "",
 }
-DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
+SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 CALIBRATION_PROMPTS = 16
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -58,6 +62,10 @@ def build_parser() -> Parser:
         ("sample", "make pictures with one recipe"),
         ("compare", "make the same pictures with several recipes and measure the difference"),
         ("profile", "measure the time of a step and the memory of recipes"),
+        (
+            "evaluate",
+            "measure many recipes on many pictures, in batches; started again it goes on where it was stopped",
+        ),
     ):
         one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
         _add_model_and_recipes(one, command)
@@ -66,6 +74,8 @@ def build_parser() -> Parser:
             _add_run(one, command)
         _add_json(one)
     _add_attention(commands)
+    _add_sensitivity(commands)
+    _add_budget(commands)
     return parser
 
 
@@ -93,6 +103,35 @@ def _add_attention(commands: Any) -> None:
     add("--edges", metavar="T,T", help="timesteps between 0 and 1000 at which the plan may change")
     _add_steps(one)
     _add_run(one, "attention")
+    _add_json(one)
+
+
+def _add_sensitivity(commands: Any) -> None:
+    summary = "measure what each layer's bits cost when it alone is quantized"
+    one = commands.add_parser("sensitivity", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    add = one.add_argument
+    add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
+    add("--model", metavar="NAME", help=f"a name from the models command, or a folder (default {DEFAULT_MODEL})")
+    add("--method", metavar="NAME", help="how each layer is quantized: a recipe's name without bits (default rtn)")
+    add("--bits", metavar="A,B", help=f"bit-widths to try (default {','.join(SENSITIVITY_BITS)})")
+    _add_steps(one)
+    _add_run(one, "sensitivity")
+    _add_json(one)
+
+
+def _add_budget(commands: Any) -> None:
+    summary = "choose each layer's bits within a number of bytes, from a sensitivity table"
+    one = commands.add_parser("budget", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    add = one.add_argument
+    add("--sensitivity", metavar="FILE", required=True, help="sensitivity.json, or the folder of a sensitivity run")
+    add("--bytes", metavar="X", required=True, help="bytes, 3.2MB, 3MiB, or a share of the layers in FP32 such as 0.2")
+    add("--packed", action="store_true", help="count tightly packed codes, as in a file, instead of bytes in memory")
+    add(
+        "--error",
+        choices=("denoiser", "layer"),
+        help="which error to add up: of the denoiser (default) or each layer's own",
+    )
+    add("--out", metavar="FILE", help="the recipe file to write; compare and evaluate take it as --recipe-file")
     _add_json(one)
 
 
@@ -159,7 +198,10 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="N",
             help=f"timed forward passes (default {RunSpec.timing_rounds})",
         )
-    if command in ("sample", "compare", "profile"):
+    if command == "evaluate":
+        add("--seeds", type=int, metavar="N", help=f"pictures of each prompt (default {RunSpec.seeds})")
+        add("--bits", metavar="A,B", help=f"for recipes named without bits (default {','.join(DEFAULT_BITS)})")
+    if command in ("sample", "compare", "profile", "evaluate"):
         add(
             "--sharing",
             metavar="FILE",
@@ -184,6 +226,9 @@ def spec_from(given: Given) -> RunSpec:
     if command == "attention":
         data |= {"recipes": [], **_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+    if command == "sensitivity":
+        data |= _layer_bits(given, from_file)
+        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
     recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
     if recipes or not from_file:
         data["recipes"] = [recipe.to_dict() for recipe in recipes]
@@ -201,7 +246,9 @@ def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, lis
     if "prompt" in given:
         fields["prompts"] = given["prompt"]
     elif "prompts" in given or (command in DEFAULT_PROMPTS and not from_file):
-        fields["prompts"] = _prompts("evaluation", given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
+        # Bits are chosen by what sensitivity measures, so it keeps off the prompts that results are measured on.
+        which = "calibration" if command == "sensitivity" else "evaluation"
+        fields["prompts"] = _prompts(which, given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
     if "calibration_prompts" in given or not from_file:
         count = given.get("calibration_prompts", CALIBRATION_PROMPTS)
         fields["calibration_prompts"] = _prompts("calibration", count, "--calibration-prompts")
@@ -221,15 +268,28 @@ def _recipes(given: Given, *, default: str) -> list[Recipe]:
     kind = given.get("group_kind", "edges" if edges else "uniform")
     if edges and kind != "edges":
         raise RecipeError(f"--edges: got edges with --group-kind {kind}; leave --group-kind out, or say edges.")
+    named = names.split(",") if names or "recipes" in given else []
+    if given["command"] == "evaluate":
+        named = with_each_of(named, parse_bits(given.get("bits", ",".join(DEFAULT_BITS)), "--bits"))
     found = [
-        parse_recipe(name, groups=groups, group_kind=kind, edges=edges, storage=given.get("storage"))
-        for name in (names.split(",") if names or "recipes" in given else ())
+        parse_recipe(name, groups=groups, group_kind=kind, edges=edges, storage=given.get("storage")) for name in named
     ]
     found += [Recipe.from_json(_read(file, "--recipe-file")) for file in files]
     for recipe in found:
         if sum(other.name == recipe.name for other in found) > 1:
             raise RecipeError(f"recipes: {recipe.name} is named twice; each recipe of a run needs a name of its own.")
     return found
+
+
+def _layer_bits(given: Given, from_file: bool) -> dict[str, Any]:
+    """The bit-widths of a sensitivity run and the recipe of each; a spec file's stay if no flag names others."""
+    if from_file and not {"bits", "method"} & set(given):
+        return {}
+    bits = parse_bits(given.get("bits", ",".join(SENSITIVITY_BITS)), "--bits")
+    method = given.get("method", "rtn")
+    if method in ("fp", "") or with_each_of([method], ("W8A8",)) == [method]:
+        raise RecipeError(f"--method: got {method!r}; give a method that quantizes, without bits, such as rtn.")
+    return {"bits": list(bits), "recipes": [parse_recipe(f"{method}-{label}").to_dict() for label in bits]}
 
 
 def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:

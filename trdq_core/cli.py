@@ -1,4 +1,4 @@
-"""The command line: `python -m trdq_core {models,plan,calibrate,sample,compare,profile,attention}`.
+"""The command line: `python -m trdq_core COMMAND`, the commands being those of --help.
 
 Flags and `--spec spec.json` end in the same `RunSpec` that the studio builds; torch is loaded only once a run starts.
 """
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "plan": _plan}
+    handlers = {"models": _models, "plan": _plan, "budget": _budget}
     try:
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
@@ -97,6 +97,25 @@ def _plan(given: Given) -> None:
         print(json.dumps(whole, indent=2, default=str))
     else:
         print("\n\n".join(terminal.plan_text(name, plan) for name, plan in plans.items()))
+
+
+def _budget(given: Given) -> None:
+    from trdq_core.budget import allocate, parse_bytes
+    from trdq_core.sensitivity.table import Sensitivity
+
+    sensitivity = Sensitivity.load(Path(given["sensitivity"]))
+    size = "packed_bytes" if given.get("packed") else "bytes"
+    error = f"{given.get('error', 'denoiser')}_error"
+    found = allocate(sensitivity, parse_bytes(given["bytes"], sensitivity), error=error, size=size)
+    if "out" in given:
+        Path(given["out"]).write_text(found.recipe.to_json(), encoding="utf-8")
+    if given.get("json"):
+        choices = [choice._asdict() for choice in found.choices]
+        print(json.dumps({**found._asdict(), "choices": choices, "recipe": found.recipe.to_dict()}, indent=2))
+    else:
+        print(terminal.budget_text(found, packed=size == "packed_bytes"))
+        if "out" in given:
+            print(f"\nThe recipe is in {given['out']}")
 
 
 def _run(given: Given) -> None:

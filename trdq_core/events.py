@@ -52,6 +52,10 @@ class Progress:
         )
         self.check()
 
+    def skip(self, units: int) -> None:
+        """Some units were finished by an earlier start: they count as done, and not into the pace."""
+        self._done, self._resumed = self._done + units, self._resumed + units
+
     def check(self) -> None:
         """Raise Cancelled if the person asked to stop."""
         if self._cancelled is not None and self._cancelled():

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from trdq_core import branches, metrics, profiling
 from trdq_core.convert import Conversion
 from trdq_core.errors import RecipeError
+from trdq_core.evaluation.command import evaluate
 from trdq_core.events import Progress
 from trdq_core.folders import RunFolder
 from trdq_core.kernels import dispatch
@@ -25,6 +26,7 @@ from trdq_core.models import load_model
 from trdq_core.nn.modules import module_bytes
 from trdq_core.plan import rule_for
 from trdq_core.sampling import Trajectory, sample
+from trdq_core.sensitivity.command import sensitivity
 from trdq_core.session import Session, changes, convert_for, statistics_for
 from trdq_core.similarity import measure_similarity, plan_sharing
 from trdq_core.specs import Recipe, RunSpec
@@ -42,7 +44,7 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     commands = {"calibrate": _calibrate, "sample": _sample, "compare": _compare, "profile": _profile}
-    commands["attention"] = _attention
+    commands |= {"attention": _attention, "evaluate": evaluate, "sensitivity": sensitivity}
     try:
         commands[spec.command](session, report)
     finally:

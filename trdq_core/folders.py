@@ -86,9 +86,10 @@ class RunFolder:
         self._on_event(event)
 
     def write(self, name: str, text: str) -> None:
-        """Write a text file whole or not at all."""
+        """Write a text file, `name` being its path inside the folder, whole or not at all."""
         partial = self.path / f"{name}.tmp"
         try:
+            partial.parent.mkdir(exist_ok=True)
             partial.write_text(text)
             partial.replace(self.path / name)
         except OSError as error:

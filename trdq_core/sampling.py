@@ -18,10 +18,19 @@ OnStep = Callable[[int, float, Tensor], None]  # step, timestep, latents after i
 
 
 class Conditioning(NamedTuple):
-    """One prompt, encoded once: the tensors that the pipeline takes in place of text."""
+    """One prompt, encoded once: the tensors that the pipeline takes in place of text. `join` makes one of several."""
 
     prompt: str
     tensors: Mapping[str, Tensor]
+
+
+def join(conditionings: Sequence[Conditioning]) -> Conditioning:
+    """Several prompts as one batch: their tensors one after the other along the first axis."""
+    names = conditionings[0].tensors
+    return Conditioning(
+        "; ".join(one.prompt for one in conditionings),
+        {name: torch.cat([one.tensors[name] for one in conditionings]) for name in names},
+    )
 
 
 class Trajectory(NamedTuple):
@@ -53,10 +62,13 @@ class SampledModel(Protocol):
     def denoise(
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
     ) -> Tensor:
-        """Run the sampler; `on_step` is called after every step and may raise to stop it."""
+        """Run the sampler on latents (n, ...) and n conditionings joined; `on_step` comes after every step and may raise."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """One picture (height, width, 3) uint8."""
+
+    def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
+        """What the stages of the model's own autoencoder see in pictures (n, height, width, 3) uint8: (n, channels, ...) each."""
 
     def using(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Sample with another denoiser while the context is open."""
@@ -96,3 +108,24 @@ def sample(
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return Trajectory(latents, timesteps, time.perf_counter() - started - outside)
+
+
+@torch.no_grad()
+def sample_batch(
+    model: SampledModel,
+    conditionings: Sequence[Conditioning],
+    seeds: Sequence[int],
+    *,
+    steps: int,
+    guidance: float,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Sample several pictures at once from the latents `sample` starts with; the final latents (n, ...), nothing else kept.
+
+    Grids of single tokens do not look at the rest of a batch, so each picture is that of `sample` up to float noise.
+    """
+    noise = torch.cat([model.initial_latents(seed) for seed in seeds])
+    with branches.joint() if guidance > 1 else branches.single():
+        return model.denoise(
+            join(conditionings), noise, steps=steps, guidance=guidance, on_step=on_step or (lambda *seen: None)
+        )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from trdq_core.evaluation import tables
 from trdq_core.events import Event
 
 NONE = "-"
@@ -104,6 +105,10 @@ def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}
     lines = [_reference_line(report), _calibration_line(report)]
+    if report.get("command") == "evaluate":
+        return "\n".join([line for line in lines if line is not None] + _evaluation_lines(recipes))
+    if report.get("sensitivity"):
+        lines += ["", *_sensitivity_lines(report["sensitivity"])]
     if recipes:
         rows = [_RESULT_HEADER, *(_result_row(name, facts) for name, facts in recipes.items())]
         filled = [i for i in range(len(_RESULT_HEADER)) if any(row[i] != NONE for row in rows[1:])]
@@ -116,6 +121,64 @@ def report_text(report: Mapping[str, Any]) -> str:
             )
     lines += _sharing_lines(report)
     return "\n".join(line for line in lines if line is not None)
+
+
+def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A table for each bit-width, best first, and a line for each recipe that failed."""
+    lines: list[str] = []
+    for section in tables.sections(recipes):
+        lines += ["", section.title]
+        if section.title == "failed":
+            lines += [f"{name}: {recipes[name]['error']}" for name in section.recipes]
+        else:
+            lines.append(table(tables.HEADER, (tables.cells(name, recipes[name]) for name in section.recipes)))
+    return [*lines, "", tables.NOTE]
+
+
+def _sensitivity_lines(found: Mapping[str, Any]) -> list[str]:
+    """Every layer with the error of each bit-width, the most sensitive at the fewest bits first; then totals."""
+    bits = found["bits"]
+    layers = sorted(found["layers"], key=lambda layer: -layer["cells"][bits[-1]]["denoiser_error"])
+    rows = [
+        (
+            layer["layer"],
+            layer["role"],
+            *(f"{layer['cells'][label]['denoiser_error']:.2e}" for label in bits),
+            *(f"{layer['cells'][label]['layer_error']:.2e}" for label in bits),
+            *(size(layer["cells"][label]["bytes"]) for label in bits),
+        )
+        for layer in layers
+    ]
+    kinds = ("denoiser", "own", "bytes")
+    shown = table(("layer", "role", *(f"{kind} {label}" for kind in kinds for label in bits)), rows, left=2)
+    totals = [
+        f"{label}: errors add up to {t['denoiser_error']:.3e}; {size(t['bytes'])} in memory, {size(t['packed_bytes'])} packed"
+        for label, t in found["totals"].items()
+    ]
+    return [
+        shown,
+        "",
+        *totals,
+        "Errors are squared error over squared output, of the denoiser and of the layer itself.",
+    ]
+
+
+def budget_text(found: Any, *, packed: bool) -> str:
+    """The choice of each input group, and what it comes to."""
+    rows = [
+        (choice.group, str(len(choice.layers)), choice.bits, size(choice.bytes), f"{choice.error:.3e}")
+        for choice in found.choices
+    ]
+    how = "packed" if packed else "in memory"
+    gap = "the least possible" if not found.gap else f"at most {found.gap:.1e} above the least possible"
+    return "\n".join(
+        [
+            table(("input group", "layers", "bits", "bytes", "error"), rows),
+            "",
+            f"{found.recipe.name}: {found.bytes:,} of {found.budget:,} bytes {how}; summed error {found.error:.4e}, {gap}",
+            "Layers that read one tensor share its transform, so each input group has one bit-width.",
+        ]
+    )
 
 
 def _sharing_lines(report: Mapping[str, Any]) -> list[str]:

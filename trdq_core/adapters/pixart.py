@@ -88,7 +88,7 @@ class PixArtModel:
     def denoise(
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
     ) -> Tensor:
-        """Final latents (1, channels, height, width); `on_step` sees them after every step and may raise to stop."""
+        """Final latents (n, channels, height, width); `on_step` sees them after every step and may raise to stop."""
         side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
         return self.pipeline(
             prompt=None,
@@ -114,6 +114,20 @@ class PixArtModel:
         picture = vae.decode(latents.to(vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         values = (picture[0].float().clamp(-1, 1) + 1) * 127.5
         return values.round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+
+    @torch.no_grad()
+    def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
+        """Outputs of every stage of the autoencoder's encoder for pictures (n, height, width, 3) uint8, fp32 on the CPU."""
+        vae, seen = self.pipeline.vae, []
+        stages = (*vae.encoder.down_blocks, vae.encoder.mid_block)
+        handles = [stage.register_forward_hook(lambda module, args, out: seen.append(out)) for stage in stages]
+        try:
+            values = torch.from_numpy(pictures).to(self.device, vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+            vae.encoder(values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [feature.float().cpu() for feature in seen]
 
     @contextmanager
     def using(self, denoiser: nn.Module) -> Iterator[None]:

@@ -69,12 +69,14 @@ class RandomDiT:
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
     ) -> Tensor:
         """Euler steps of a flow, both branches in one batch; the numbers mean nothing, the work is that of a real run."""
+        # Joined conditionings come as pairs; the guided batch has all unconditional ones first.
+        labels = conditioning.tensors["labels"].view(-1, 2).T.flatten()
         for step in range(steps):
             timestep = round(999 * (1 - step / steps))
             velocity = self._active(
                 hidden_states=torch.cat([latents] * 2),
-                timestep=torch.full((2,), timestep, device=self.device),
-                class_labels=conditioning.tensors["labels"],
+                timestep=torch.full((len(labels),), timestep, device=self.device),
+                class_labels=labels,
                 return_dict=False,
             )[0]
             unconditional, conditional = velocity.chunk(2)
@@ -87,6 +89,10 @@ class RandomDiT:
         raise ModelError(
             f"model {self.name}: its weights are random and make no pictures; use profile, or another model."
         )
+
+    def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
+        """Refused: there is no autoencoder."""
+        raise ModelError(f"model {self.name}: it has no autoencoder to look at pictures with; use another model.")
 
     @contextmanager
     def using(self, denoiser: nn.Module) -> Iterator[None]:

@@ -1,0 +1,1 @@
+"""What each layer's bits cost: every linear quantized alone, at several bit-widths."""
