@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from studio.components import methods as lines
 from studio.services import form as forms
-from studio.services import prompts, sharing
+from studio.services import methods, prompts, sharing
 from studio.services.form import AppliedPlan, Form
 
 
@@ -32,6 +33,7 @@ class Controls:
     extra_prompts: gr.Slider
     share: gr.Checkbox
     applied: gr.State
+    saved: gr.State
     model_line: gr.HTML
     method_line: gr.HTML
     group_line: gr.HTML
@@ -47,7 +49,7 @@ class Controls:
 
     def planned(self) -> list[Any]:
         """The widgets that the plan depends on."""
-        left_out = ("prompt", "extra_prompts", "baseline", "edges", "share", "applied")
+        left_out = ("prompt", "extra_prompts", "baseline", "edges", "share", "applied", "saved")
         return [getattr(self, name) for name in Form.names() if name not in left_out]
 
 
@@ -63,8 +65,10 @@ def build(models: list[tuple[str, str]]) -> Controls:
         _group_widgets, [controls.group_kind, controls.groups], [controls.groups, controls.edges, controls.group_line],
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    controls.method.change(
-        lambda name: _line(forms.method_line(name)), controls.method, controls.method_line,
+    gr.on(
+        [controls.method.change, controls.weight_bits.change, controls.activation_bits.change, controls.saved.change],
+        lambda *chosen: lines.line(methods.chosen_facts(*chosen)),
+        [controls.method, controls.weight_bits, controls.activation_bits, controls.saved], controls.method_line,
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
     return controls
@@ -88,12 +92,17 @@ def _quantization() -> dict[str, Any]:
     gr.HTML('<h3 class="tr-section">Quantization</h3>')
     with gr.Row(elem_classes="tr-pair"):
         method = gr.Dropdown(
-            forms.METHOD_CHOICES, value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
+            methods.method_choices(), value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
         )
         baseline = gr.Dropdown(
-            forms.BASELINE_CHOICES, value="rtn", label="Baseline", elem_id="baseline", interactive=True, min_width=100
+            methods.baseline_choices(),
+            value="rtn",
+            label="Baseline",
+            elem_id="baseline",
+            interactive=True,
+            min_width=100,
         )
-    method_line = gr.HTML(_line(forms.method_line("tr-dq")))
+    method_line = gr.HTML(lines.line(methods.chosen_facts("tr-dq", 4, 8, ())), elem_id="method-line")
     with gr.Row(elem_classes="tr-pair"):
         weight_bits = gr.Radio(
             forms.BITS_CHOICES,
@@ -130,6 +139,7 @@ def _quantization() -> dict[str, Any]:
         "weight_bits": weight_bits, "activation_bits": activation_bits,
         "group_kind": group_kind, "group_line": group_line, "groups": groups, "edges": edges, "storage": storage,
         "prices": gr.HTML(elem_id="prices"), "share": share_box(None), "applied": gr.State(None),
+        "saved": gr.State(()),
     }  # fmt: skip
 
 
@@ -163,6 +173,19 @@ def share_box(applied: AppliedPlan | None, ticked: bool = False) -> gr.Checkbox:
     return gr.Checkbox(
         ticked and applied is not None, label=label, interactive=applied is not None, elem_id="share", container=False
     )
+
+
+def offer(controls: Controls, recipes: tuple[Any, ...], **values: Any) -> dict[Any, Any]:
+    """The updates that offer saved recipes as methods; `values` may choose a method or a baseline."""
+    return {
+        controls.saved: recipes,
+        controls.method: _choose(methods.method_choices(recipes), values.get("method")),
+        controls.baseline: _choose(methods.baseline_choices(recipes), values.get("baseline")),
+    }
+
+
+def _choose(choices: list[tuple[str, str]], value: Any) -> gr.Dropdown:
+    return gr.Dropdown(choices=choices) if value is None else gr.Dropdown(choices=choices, value=value)
 
 
 def _line(text: str) -> str:
