@@ -1,6 +1,7 @@
 """Time of a denoiser step with no, half and all blocks sharing attention, interleaved, and what operation counts predict.
 
 python -m benchmarks.sharing --rounds 15
+python -m benchmarks.sharing --quality --prompts 32     # pictures instead of times, see benchmarks/sharing_quality.py
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from diffusers import DiTTransformer2DModel
 from torch import nn
 
+from benchmarks import sharing_quality
 from benchmarks.tables import add_rows
 from trdq_core import branches
 from trdq_core.adapters.roles import find_linears
@@ -89,7 +91,16 @@ def main() -> None:
     parser.add_argument("--side", type=int, default=32, help="tokens along one side; 32 makes 1024 tokens")
     parser.add_argument("--method", default="rtn")
     parser.add_argument("--add", action="store_true", help="take the figures into benchmarks/results.csv")
+    parser.add_argument("--quality", action="store_true", help="measure what sharing costs in pictures, and no times")
+    parser.add_argument("--prompts", type=int, default=32, help="evaluation prompts of --quality")
+    parser.add_argument("--search-prompts", type=int, default=8, help="prompts that --quality measures and plans on")
     options = parser.parse_args()
+    if options.quality:
+        settings = sharing_quality.Settings(options.prompts, options.search_prompts)
+        rows = sharing_quality.run("pocket-image", settings)
+        if options.add:
+            add_rows(rows)
+        return
     tokens = options.side**2
     inputs = {
         "hidden_states": torch.randn(2, 4, 2 * options.side, 2 * options.side),
@@ -104,7 +115,7 @@ def main() -> None:
     print(f"{found['cpu']}, {found['threads']} threads, torch {torch.__version__}")
     print(f"{options.method} W8A8, {LAYERS} layers of {HEADS}x{WIDTH}, {tokens} tokens, {options.rounds} rounds")
     print(f"{'shared':8}{'median ms':>11}{'p10':>9}{'p90':>9}{'speedup':>9}{'saved':>8}{'FLOPs say':>11}{'of it':>7}")
-    rows: list[dict[str, object]] = []
+    rows = []
     for name, shared in (("none", 0), ("half", LAYERS // 2), ("all", LAYERS)):
         own = sorted(1000 * s for s in seconds[name])
         last = len(own) - 1

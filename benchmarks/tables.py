@@ -39,8 +39,11 @@ class Metric(NamedTuple):
 
 METRICS = {
     "psnr": Metric("PSNR dB", 1, 1, True),
+    "lowest_psnr": Metric("lowest PSNR dB", 1, 1, True),
     "ssim": Metric("SSIM", 1, 3, False),
     "mean_latent_sqnr_db": Metric("latent SQNR dB", 1, 1, True),
+    "attention_saving": Metric("attention FLOPs saved %", 100, 1, True),
+    "work_saving": Metric("denoiser FLOPs saved %", 100, 1, True),
     "step_ms": Metric("step ms", 1, 1, True),
     "speedup": Metric("speed", 1, 2, True),
     "end_to_end_ms": Metric("whole run ms", 1, 0, False),

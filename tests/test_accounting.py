@@ -19,7 +19,7 @@ from trdq_core.session import Session, convert_for
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
-METHODS = ("rtn", "rtn-static", "smoothquant", "vidit-q", "tr-dq")
+METHODS = ("rtn", "rtn-static", "smoothquant", "quarot", "q-dit", "vidit-q", "tr-dq")
 
 
 @pytest.fixture(scope="module")

@@ -168,3 +168,35 @@ def test_sensitivity_has_a_recipe_for_each_of_its_bits(tmp_path: Path) -> None:
             spec_of("sensitivity", "--method", method)
     with pytest.raises(RecipeError, match="did you mean tr-dq"):
         spec_of("sensitivity", "--method", "tr-dk")
+
+
+def test_attention_plans_by_budgets() -> None:
+    def wish(*flags: str) -> SharingSpec:
+        return spec_of("attention", *flags).sharing
+
+    assert wish("--psnr", "35") == SharingSpec(target_psnr_db=35.0)
+    assert wish("--saving", "0.1", "--store-bytes", "9") == SharingSpec(target_saving=0.1, store_bytes=9)
+    assert wish("--step-share", "0.05").target_step_share == 0.05
+    assert wish("--save-ms", "1.2", "--step-ms", "24").target_step_share == pytest.approx(0.05)
+    late = wish("--across", "0.1", "--skip-below", "250", "--skipped-guidance", "off", "--edges", "500")
+    assert late == SharingSpec(
+        edges=(500.0,), across_threshold=0.1, skip_unconditional_below=250.0, skipped_guidance="off"
+    )
+    assert wish("--skip", "0.05").skip_threshold == 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--store-bytes", "9"), "--threshold: it is missing"),
+        (("--measure", "map_cosine", "--psnr", "35"), "--measure: it says what --threshold is a limit of"),
+        (("--psnr", "35", "--skipped-guidance", "off"), "--skipped-guidance: nothing is skipped"),
+        (("--save-ms", "1"), "--save-ms: it goes with --step-ms"),
+        (("--save-ms", "1", "--step-ms", "0"), "--step-ms: got 0; give the time of a step"),
+        (("--save-ms", "1", "--step-ms", "9", "--step-share", "0.1"), "--step-share says the same"),
+        (("--psnr", "35", "--saving", "0.1"), "one of the four"),
+    ],
+)
+def test_bad_budgets_are_refused_in_words(flags: tuple[str, ...], words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        spec_of("attention", *flags)

@@ -76,7 +76,7 @@ def test_module_is_the_command_line() -> None:
     ("words", "sentence"),
     [
         ("compare --recipes tr-dk-w4a8", "did you mean tr-dq?"),
-        ("compare --recipes rtn-w5a8", "weight bits: got 5; allowed are 4, 6, 8."),
+        ("compare --recipes rtn-w7a8", "weight bits: got 7; allowed are 2, 3, 4, 5, 6, 8."),
         ("compare --recipes fp,", "recipe: the name is empty"),
         ("compare --recipes fp,fp", "fp is named twice"),
         ("compare --groups 30 --steps 20", "at most as many groups as steps"),

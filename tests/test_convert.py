@@ -82,7 +82,7 @@ def test_switched_and_resident_storage_give_the_same_bits(model: PixArtModel, ma
     assert facts[2]["disk_bytes"] == 0
 
 
-def test_032_one_group_equals_no_groups_bit_for_bit(model: PixArtModel, make: object) -> None:
+def test_invariant_32_one_group_equals_no_groups_bit_for_bit(model: PixArtModel, make: object) -> None:
     one = make_recipe("tr-dq", weight_bits=4, groups=1, storage="resident")
     a = run(model, make(dataclasses.replace(one, storage="resident")).denoiser)
     b = run(model, make(dataclasses.replace(one, storage="shared")).denoiser)
@@ -95,7 +95,7 @@ def test_a_short_calibration_serves_a_longer_run(model: PixArtModel, make: objec
         assert len(run(model, conversion.denoiser, steps=11).latents) == 11
 
 
-def test_026_do_no_harm_keeps_no_transform_that_raises_the_error(make: object) -> None:
+def test_invariant_26_do_no_harm_keeps_no_transform_that_raises_the_error(make: object) -> None:
     recipe = make_recipe("smoothquant", weight_bits=4, activation_bits=4)
     gated = make(recipe)
     for fitted in gated.fitted:
@@ -105,7 +105,7 @@ def test_026_do_no_harm_keeps_no_transform_that_raises_the_error(make: object) -
     assert not free.facts()["rejected"]
 
 
-def test_037_reported_bytes_are_those_of_the_buffers(model: PixArtModel, make: object) -> None:
+def test_invariant_37_reported_bytes_are_those_of_the_buffers(model: PixArtModel, make: object) -> None:
     conversion = make(dataclasses.replace(make_recipe("tr-dq", weight_bits=4), do_no_harm=False))
     counted = 0
     for name, buffer in conversion.denoiser.named_buffers():
@@ -170,7 +170,9 @@ def test_cancelling_stops_within_two_steps_and_leaves_no_hooks(model: PixArtMode
         make(make_recipe("rtn"), cancelled=lambda: True)
 
 
-def test_038_calibration_and_fit_are_deterministic(model: PixArtModel, statistics: Statistics, make: object) -> None:
+def test_invariant_38_calibration_and_fit_are_deterministic(
+    model: PixArtModel, statistics: Statistics, make: object
+) -> None:
     again = calibrate(model, ["red apple", "green salad"], steps=STEPS, guidance=3.5, seed=0)
     for name, layer in statistics.layers.items():
         assert torch.equal(again.layer(name).rows, layer.rows)

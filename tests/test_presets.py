@@ -31,7 +31,7 @@ def test_only_time_grouped_methods_take_groups() -> None:
     assert make_recipe("tr-dq", groups=4, storage="resident").storage == "resident"
 
 
-def test_033_methods_differ_only_in_their_pieces() -> None:
+def test_invariant_33_methods_differ_only_in_their_pieces() -> None:
     """Leaving the transforms out reduces every method to round-to-nearest."""
     import dataclasses
 

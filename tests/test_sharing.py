@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from trdq_core import branches
 from trdq_core.adapters.pixart import PixArtModel
@@ -15,6 +16,7 @@ from trdq_core.convert import convert
 from trdq_core.errors import Cancelled, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.metrics import latent_sqnr_db
+from trdq_core.passes import ModelPasses
 from trdq_core.presets import make_recipe, published_sharing, with_sharing
 from trdq_core.sampling import Trajectory, sample
 from trdq_core.sharing import apply_sharing, attention_flops, self_attentions, shared_copy
@@ -76,7 +78,7 @@ def test_blocks_that_are_not_there_are_named(model: PixArtModel) -> None:
         shared_copy(model.denoiser, model.linears(), SharingSpec(blocks=((2,),)))
 
 
-def test_035_no_blocks_and_guidance_one_change_no_bit(model: PixArtModel) -> None:
+def test_invariant_35_no_blocks_and_guidance_one_change_no_bit(model: PixArtModel) -> None:
     for spec, guidance in ((SharingSpec(), 3.5), (ALL, 1.0)):
         denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), spec)
         shared, plain = run(model, denoiser, guidance), run(model, model.denoiser, guidance)
@@ -121,7 +123,7 @@ def test_equal_prompts_make_sharing_exact(model: PixArtModel) -> None:
         assert torch.allclose(a, b, atol=2e-5)
 
 
-def test_035_a_cancelled_run_leaves_nothing_behind(model: PixArtModel) -> None:
+def test_invariant_35_a_cancelled_run_leaves_nothing_behind(model: PixArtModel) -> None:
     denoiser, _, _ = shared_copy(model.denoiser, model.linears(), ALL)
     whole = run(model, denoiser)
 
@@ -145,7 +147,7 @@ def test_sharing_composes_with_quantization(
     recipe = make_recipe(method, groups=groups, storage=storage)
     settings = {"backend": dispatch.select_backend(torch.device("cpu")), "storage_folder": tmp_path}
     if method == "rtn-static":
-        settings["second_pass"] = lambda transforms, groups: {name: [(-8.0, 8.0)] for name in transforms}
+        settings["passes"] = ModelPasses(ranges=lambda wanted, groups: {name: ((-8.0, 8.0),) for name in wanted})
     inputs = model.denoiser, model.linears()
     shared = convert(*inputs, with_sharing(recipe, ALL), statistics, **settings)
     idle = convert(*inputs, with_sharing(recipe, SharingSpec()), statistics, **settings)
@@ -173,6 +175,105 @@ def test_switched_and_resident_storage_share_alike(model: PixArtModel, statistic
         conversion = convert(model.denoiser, model.linears(), recipe, statistics, **settings)
         ends.append(run(model, conversion.denoiser).latents[-1])
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("guidance", ["held", "off"])
+def test_skipping_halves_the_operations_of_the_late_steps(model: PixArtModel, guidance: str) -> None:
+    plain = flops_of_steps(model, model.denoiser)
+    timesteps = run(model, model.denoiser).timesteps
+    spec = SharingSpec(skip_unconditional_below=timesteps[1] - 0.5, skipped_guidance=guidance)
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), spec)
+    found = flops_of_steps(model, denoiser)
+    assert found[:2] == plain[:2]
+    assert [2 * count for count in found[2:]] == plain[2:]
+    assert sharing.facts()["skipped_calls"] == STEPS - 2
+
+
+def test_reuse_leaves_out_the_self_attention_of_every_second_step(model: PixArtModel) -> None:
+    plain = flops_of_steps(model, model.denoiser)
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), SharingSpec(across_steps=((0, 1),)))
+    found = flops_of_steps(model, denoiser)
+    whole, _ = attention_flops(16, 128)
+    assert [a - b for a, b in zip(plain, found, strict=True)] == [0, 2 * whole, 0, 2 * whole]
+    assert (sharing.facts()["reused_calls"], sharing.facts()["computed_calls"]) == (STEPS, STEPS)
+
+
+def flops_of_steps(model: PixArtModel, denoiser: torch.nn.Module) -> list[int]:
+    """Operations of each call of the denoiser in the stock pipeline."""
+    counts = []
+    counter = FlopCounterMode(display=False)
+
+    def after(*_: object) -> None:
+        counts.append(counter.get_total_flops() - sum(counts))
+
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), counter:
+        run(model, denoiser, on_step=after)
+    # Scheduler and pipeline multiply no matrices, so all that is counted between two steps is the denoiser's.
+    return counts
+
+
+EVERYTHING = SharingSpec(
+    blocks=((0, 1), (0,)), edges=(600.0,), across_steps=((1,), (0, 1)), skip_unconditional_below=400.0
+)
+
+
+def test_runs_of_other_lengths_and_cancelled_ones_leave_no_trace(model: PixArtModel) -> None:
+    denoiser, _, _ = shared_copy(model.denoiser, model.linears(), EVERYTHING)
+    fresh, _, _ = shared_copy(model.denoiser, model.linears(), EVERYTHING)
+    conditioning = model.encode(["tiger face"])[0]
+
+    def cancel(step: int, timestep: float, latents: torch.Tensor) -> None:
+        if step == 2:
+            raise Cancelled("stop")
+
+    with pytest.raises(Cancelled):
+        run(model, denoiser, on_step=cancel)
+    for steps in (7, 2):
+        ends = []
+        for used in (denoiser, fresh):
+            with model.using(used):
+                ends.append(sample(model, conditioning, 3, steps=steps, guidance=3.5).latents[-1])
+        assert torch.equal(*ends)
+        fresh, _, _ = shared_copy(model.denoiser, model.linears(), EVERYTHING)
+
+
+def test_everything_composes_with_quantization(model: PixArtModel, statistics: Statistics, tmp_path: Path) -> None:
+    settings = {"backend": dispatch.select_backend(torch.device("cpu")), "storage_folder": tmp_path}
+    recipe = with_sharing(make_recipe("tr-dq"), EVERYTHING)
+    conversion = convert(model.denoiser, model.linears(), recipe, statistics, **settings)
+    full, _, _ = shared_copy(model.denoiser, model.linears(), EVERYTHING)
+    quantized = run(model, conversion.denoiser)
+    assert min(latent_sqnr_db(quantized, run(model, full))) >= 20
+    facts = conversion.facts()["sharing"]
+    assert facts["skipped_calls"] > 0
+    assert facts["reused_calls"] > 0
+    assert facts["shared_calls"] > 0
+
+
+def test_guidance_one_reuses_but_skips_nothing(model: PixArtModel) -> None:
+    spec = SharingSpec(skip_unconditional_below=1000.0, skipped_guidance="off")
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), spec)
+    assert torch.equal(run(model, denoiser, 1.0).latents[-1], run(model, model.denoiser, 1.0).latents[-1])
+    assert sharing.facts()["skipped_calls"] == 0
+
+
+def test_the_stock_pipeline_takes_several_and_negative_prompts(model: PixArtModel) -> None:
+    pipeline = model.pipeline
+    denoiser, _, sharing = shared_copy(model.denoiser, model.linears(), SharingSpec(skip_unconditional_below=600.0))
+    settings = {
+        "negative_prompt": ["rocket", ""], "num_inference_steps": STEPS, "height": 16, "width": 16,
+        "use_resolution_binning": False, "clean_caption": False, "output_type": "latent", "guidance_scale": 3.5,
+        "max_sequence_length": 8,
+    }  # fmt: skip
+    ends = {}
+    for name, used in (("plain", model.denoiser), ("skipping", denoiser)):
+        with model.using(used), branches.joint():
+            latents = torch.cat([model.initial_latents(0), model.initial_latents(1)])
+            ends[name] = pipeline(prompt=["red apple", "tiger face"], latents=latents, **settings).images
+    assert sharing.facts()["skipped_calls"] > 0
+    assert ends["skipping"].shape == ends["plain"].shape
+    assert torch.isfinite(ends["skipping"]).all()
+    assert not torch.equal(ends["skipping"], ends["plain"])
 
 
 def test_names_and_operations_of_attention(model: PixArtModel) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.errors import CalibrationError, Cancelled, RecipeError
 from trdq_core.nn import attention
 from trdq_core.nn.attention import Map
+from trdq_core.nn.modules import share_copy
 from trdq_core.sampling import sample
 from trdq_core.similarity import FILES, MeasuringAttention, Similarity, measure_gap, measure_similarity, plan_sharing
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -86,9 +89,43 @@ def test_similarity_survives_the_disk(similarity: Similarity, tmp_path: Path) ->
     assert again.timesteps == similarity.timesteps
     assert torch.equal(again.output_error, similarity.output_error)
     assert plan_sharing(again, TimeGroups(), threshold=0.5) == plan_sharing(similarity, TimeGroups(), threshold=0.5)
+    for name in ("step_error", "guidance_change", "guidance_share"):
+        assert torch.equal(getattr(again, name).nan_to_num(-1), getattr(similarity, name).nan_to_num(-1))
     (tmp_path / FILES[0]).write_bytes(b"x")
     with pytest.raises(CalibrationError, match="damaged .* measure it again"):
         Similarity.load(tmp_path)
+
+
+def test_files_of_format_one_are_read_without_what_they_lack(similarity: Similarity, tmp_path: Path) -> None:
+    old = dataclasses.replace(similarity, step_error=None, guidance_change=None, guidance_share=None)
+    old.save(tmp_path)
+    about = json.loads((tmp_path / FILES[1]).read_text())
+    (tmp_path / FILES[1]).write_text(json.dumps(about | {"format_version": 1}))
+    again = Similarity.load(tmp_path)
+    assert again.step_error is None
+    assert torch.equal(again.block_error, similarity.block_error)
+    (tmp_path / FILES[1]).write_text(json.dumps(about | {"format_version": 99}))
+    with pytest.raises(CalibrationError, match="format 99 is newer than 2, update"):
+        Similarity.load(tmp_path)
+
+
+def test_steps_are_compared_with_the_one_before(model: PixArtModel) -> None:
+    found = measure_similarity(model, ["red apple"], steps=3, guidance=3.5, seed=0)
+    predictions, outputs, copy = [], [], share_copy(model.denoiser)
+    copy.register_forward_hook(lambda module, args, output: predictions.append(output[0]))
+    copy.transformer_blocks[1].attn1.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with model.using(copy):
+        sample(model, model.encode(["red apple"])[0], 0, steps=3, guidance=3.5)
+    directions = [p[1:, :4] - p[:1, :4] for p in predictions]
+    assert torch.isnan(found.step_error[0]).all()
+    assert torch.isnan(found.guidance_change[0])
+    for i in (1, 2):
+        moved = (outputs[i] - outputs[i - 1]).norm() / outputs[i].norm()
+        assert float(found.step_error[i, 1]) == pytest.approx(float(moved), rel=1e-4)
+        change = (directions[i] - directions[i - 1]).norm() / directions[i].norm()
+        assert float(found.guidance_change[i]) == pytest.approx(float(change), rel=1e-4)
+        share = directions[i].norm() / predictions[i][1:, :4].norm()
+        assert float(found.guidance_share[i]) == pytest.approx(float(share), rel=1e-4)
 
 
 def made_up() -> Similarity:

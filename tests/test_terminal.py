@@ -66,3 +66,19 @@ def test_progress_is_lines_and_on_a_terminal_bars() -> None:
     assert live.getvalue().startswith("Sampling rtn\n")
     assert "4/4" in live.getvalue()
     assert plain.getvalue() == "Sampling rtn\n"
+
+
+def test_reuse_skipping_and_measured_psnr_are_said_in_lines() -> None:
+    plan = {
+        "blocks": [[0], []], "predicted_saving": 0.1, "predicted_error": 0.02, "across_steps": [[], [2, 3]],
+        "across_error": 0.05, "across_saving": 0.125, "skip_unconditional_below": 250.0, "skipped_guidance": "held",
+        "skipped_change": None, "skipped_saving": 0.1, "measured_psnr_db": 36.25, "measured_prompts": 4,
+    }  # fmt: skip
+    text = terminal.report_text({"recipes": {"fp+sharing": {"sharing": plan}}})
+    assert "fp+sharing: reuses blocks none; 2 3 at every second step; predicted output error 0.0500" in text
+    assert "attention FLOPs saved 12.5 %" in text
+    assert "skips the unconditional branch below timestep 250 (guidance held)" in text
+    assert "denoiser FLOPs saved 10.0 %" in text
+    assert "lowest PSNR 36.2 dB over 4 prompts" in text
+    same = terminal.report_text({"recipes": {"a": {"sharing": {**plan, "measured_psnr_db": None}}}})
+    assert "pictures identical over 4 prompts" in same

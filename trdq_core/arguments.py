@@ -12,7 +12,14 @@ from trdq_core import __version__
 from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
-from trdq_core.specs import SHARING_MEASURES, STORAGE_MODES, TIME_GROUP_KINDS, Recipe, RunSpec, SharingSpec
+from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
+from trdq_core.specs import (
+    STORAGE_MODES,
+    TIME_GROUP_KINDS,
+    Recipe,
+    RunSpec,
+    SharingSpec,
+)
 
 PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
 FALLBACK_PROMPTS = (
@@ -89,18 +96,7 @@ def _add_attention(commands: Any) -> None:
         metavar="NAME",
         help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
     )
-    add(
-        "--threshold",
-        type=float,
-        metavar="X",
-        help="write a plan.json with the blocks whose measure stays within X at every step",
-    )
-    add(
-        "--measure",
-        choices=SHARING_MEASURES,
-        help="output_error (default): at most X; map_cosine: at least X",
-    )
-    add("--edges", metavar="T,T", help="timesteps between 0 and 1000 at which the plan may change")
+    add_sharing_flags(one)
     _add_steps(one)
     _add_run(one, "attention")
     _add_json(one)
@@ -224,7 +220,7 @@ def spec_from(given: Given) -> RunSpec:
     data["command"] = "calibrate" if command == "plan" else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
     if command == "attention":
-        data |= {"recipes": [], **_wish(given, from_file)}
+        data |= {"recipes": [], **sharing_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
     if command == "sensitivity":
         data |= _layer_bits(given, from_file)
@@ -259,7 +255,7 @@ def _recipes(given: Given, *, default: str) -> list[Recipe]:
     """The recipes named by flags and files, each once; the default where none is."""
     files = given.get("recipe_file", [])
     names = given.get("recipes", "" if files else default)
-    edges = _edges(given["edges"]) if "edges" in given else ()
+    edges = parse_edges(given["edges"]) if "edges" in given else ()
     groups = given.get("groups", len(edges) + 1)
     if edges and groups != len(edges) + 1:
         raise RecipeError(
@@ -304,26 +300,6 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     if given["command"] == "sample":
         return [with_sharing(recipe, sharing) for recipe in recipes]
     return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
-
-
-def _wish(given: Given, from_file: bool) -> dict[str, Any]:
-    """What the attention command is to plan; nothing without a threshold."""
-    if "threshold" not in given:
-        if "measure" in given or "edges" in given:
-            raise RecipeError("--threshold: it is missing; a plan takes a threshold beside --measure and --edges.")
-        return {} if from_file else {"sharing": None}
-    edges = _edges(given["edges"]) if "edges" in given else ()
-    measure = given.get("measure", "output_error")
-    return {"sharing": SharingSpec(edges=edges, measure=measure, threshold=given["threshold"]).to_dict()}
-
-
-def _edges(text: str) -> tuple[float, ...]:
-    try:
-        return tuple(float(part) for part in text.split(","))
-    except ValueError:
-        raise RecipeError(
-            f"--edges: got {text!r}; give numbers with commas between them, such as 250,500,750."
-        ) from None
 
 
 def _prompts(which: str, count: int, flag: str) -> list[str]:

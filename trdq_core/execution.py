@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from trdq_core import branches, metrics, profiling
+from trdq_core.auto_sharing import fulfil
 from trdq_core.convert import Conversion
 from trdq_core.errors import RecipeError
 from trdq_core.evaluation.command import evaluate
@@ -28,9 +29,8 @@ from trdq_core.plan import rule_for
 from trdq_core.sampling import Trajectory, sample
 from trdq_core.sensitivity.command import sensitivity
 from trdq_core.session import Session, changes, convert_for, statistics_for
-from trdq_core.similarity import measure_similarity, plan_sharing
+from trdq_core.similarity import measure_similarity
 from trdq_core.specs import Recipe, RunSpec
-from trdq_core.timegroups import TimeGroups
 
 REPORT_VERSION = 1
 PREVIEW_EVERY = 2  # steps between two previews of the first prompt
@@ -112,7 +112,7 @@ def _facts(session: Session, conversion: Conversion) -> dict[str, Any]:
 
 
 def _attention(session: Session, report: dict[str, Any]) -> None:
-    """How alike the guidance branches attend, over the calibration prompts; and the plan that the threshold makes of it."""
+    """How alike the guidance branches attend, and what a step changes, over some prompts; and the plan that is wished for."""
     spec, wish = session.spec, session.spec.sharing
     prompts = spec.prompts or spec.calibration_prompts
     session.stage("attention", f"Comparing the attention of both branches on {len(prompts)} prompts")
@@ -126,10 +126,21 @@ def _attention(session: Session, report: dict[str, Any]) -> None:
         "output_error": float(similarity.block_error.mean()),
         "block_error": similarity.block_error.mean(0).tolist(),
     }
-    if wish is not None and wish.measure is not None:
-        plan = plan_sharing(similarity, TimeGroups(wish.edges), threshold=wish.threshold, measure=wish.measure)
+    for name in ("step_error", "guidance_change", "guidance_share"):
+        report["similarity"][name] = _without_nan(getattr(similarity, name))
+    if wish is not None and wish.wished:
+        if wish.target_psnr_db is not None:
+            session.stage("search", f"Looking for the most sharing that keeps {wish.target_psnr_db:g} dB")
+        reports = {"on_event": session.folder.emit, "cancelled": session.cancelled}
+        plan = fulfil(session.model, similarity, wish, prompts=prompts, **reports)
         session.folder.write("plan.json", plan.to_json())
         report["similarity"]["plan"] = plan.to_dict()
+
+
+def _without_nan(values: Tensor) -> list[float]:
+    """Means over the steps for each block, or values of each step; the first step, which has none before it, left out."""
+    kept = values[~values.isnan().flatten(1).any(1)] if values.ndim > 1 else values[~values.isnan()]
+    return (kept.mean(0) if kept.ndim > 1 else kept).tolist()
 
 
 def _compare(session: Session, report: dict[str, Any]) -> None:

@@ -82,16 +82,12 @@ def unit_linears(denoiser: nn.Module, fits: Sequence[FittedInput], ranges: Range
     for fitted in fits:
         one = fitted.sets[0]
         for name, grid in one.grids.items():
-            found.append(
-                UnitLinear(
-                    name,
-                    one.transform,
-                    one.transform.apply_to_weight(denoiser.get_submodule(name).weight.detach()),
-                    grid,
-                    fitted.group.rule.activation,
-                    tuple(ranges.get(fitted.group.layers[0].name, ())),
-                )
-            )
+            weight, low_rank = denoiser.get_submodule(name).weight.detach().double(), None
+            if one.low_rank_down is not None:
+                low_rank = one.low_rank_up[name].double() @ one.low_rank_down.double()
+                weight = weight - low_rank
+            seen = fitted.grid(ranges.get(fitted.group.layers[0].name, ()))
+            found.append(UnitLinear(name, one.transform, one.transform.apply_to_weight(weight), grid, seen, low_rank))
     return found
 
 

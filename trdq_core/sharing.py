@@ -1,16 +1,18 @@
-"""Attention sharing put into a denoiser: which blocks there are, which are shared when, and what came of it."""
+"""Attention sharing put into a denoiser: which blocks there are, what is left out when, and what came of it."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from trdq_core.errors import RecipeError
 from trdq_core.nn.attention import SharedAttention, check_attention
+from trdq_core.nn.guided_forward import GuidedForward
 from trdq_core.nn.modules import share_copy
+from trdq_core.nn.steps import ReusingAttention, StepMemory
 from trdq_core.plan import LayerInfo
 from trdq_core.specs import SharingSpec
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -18,19 +20,27 @@ from trdq_core.timegroups import TimeContext, TimeGroups
 
 @dataclass(frozen=True)
 class Sharing:
-    """What `apply_sharing` installed: the processors of the shared blocks by block number."""
+    """What `apply_sharing` installed: the processors of the shared and of the reusing blocks by block number."""
 
     spec: SharingSpec
     processors: dict[int, SharedAttention]
+    reusing: dict[int, ReusingAttention] = field(default_factory=dict)
+    forward: GuidedForward | None = None
 
     def facts(self) -> dict[str, Any]:
         """For reports: what was asked for and predicted, and how often it happened."""
-        processors = self.processors.values()
-        return {
+        processors, reusing = self.processors.values(), self.reusing.values()
+        facts = {
             **self.spec.to_dict(),
             "shared_calls": sum(processor.shared_calls for processor in processors),
             "plain_calls": sum(processor.plain_calls for processor in processors),
         }
+        if reusing:
+            facts["reused_calls"] = sum(processor.reused_calls for processor in reusing)
+            facts["computed_calls"] = sum(processor.computed_calls for processor in reusing)
+        if self.forward is not None and self.forward.below is not None:
+            facts["skipped_calls"], facts["full_calls"] = self.forward.skipped_calls, self.forward.full_calls
+        return facts
 
 
 def self_attentions(layers: Iterable[LayerInfo]) -> list[str]:
@@ -39,24 +49,42 @@ def self_attentions(layers: Iterable[LayerInfo]) -> list[str]:
 
 
 def apply_sharing(denoiser: nn.Module, layers: Iterable[LayerInfo], spec: SharingSpec, time: TimeContext) -> Sharing:
-    """Share attention maps in `denoiser` from now on. Give it a copy: its processors are replaced, its weights stay.
+    """Leave out of `denoiser` what `spec` says, from now on. Give it a copy: its processors and its forward are replaced,
+    its weights stay.
 
     `time` has to follow the denoiser's timestep. RecipeError if the model lacks a block or its attention is of no plain kind.
     """
-    names = self_attentions(layers)
-    wanted = sorted({block for group in spec.blocks for block in group})
+    names, groups = self_attentions(layers), TimeGroups(spec.edges)
+    shared, across = _blocks_of(spec.blocks), _blocks_of(spec.across_steps)
+    wanted = sorted({*shared, *across})
     if wanted and wanted[-1] >= len(names):
         raise RecipeError(
             f"sharing blocks: got block {wanted[-1]}; this model has self-attention in blocks 0 to {len(names) - 1}."
         )
-    processors = {}
+    if not spec.active:
+        return Sharing(spec, {})
+    processors, reusing, memory = {}, {}, StepMemory(time)
     for block in wanted:
         attention = denoiser.get_submodule(names[block])
         check_attention(names[block], attention)
-        active = frozenset(index for index, group in enumerate(spec.blocks) if block in group)
-        processors[block] = SharedAttention(attention.processor, TimeGroups(spec.edges), active, time)
-        attention.set_processor(processors[block])
-    return Sharing(spec, processors)
+        inner = attention.processor
+        if block in shared:
+            inner = processors[block] = SharedAttention(inner, groups, shared[block], time)
+        if block in across:
+            inner = reusing[block] = ReusingAttention(inner, groups, across[block], memory)
+        attention.set_processor(inner)
+    readers = (*processors.values(), *reusing.values())
+    forward = GuidedForward(denoiser.forward, memory, readers, spec.skip_unconditional_below, spec.skipped_guidance)
+    denoiser.forward = forward  # an attribute of this copy; the class keeps its own
+    return Sharing(spec, processors, reusing, forward)
+
+
+def _blocks_of(lists: tuple[tuple[int, ...], ...]) -> dict[int, frozenset[int]]:
+    """The time groups each listed block is active in."""
+    return {
+        block: frozenset(group for group, members in enumerate(lists) if block in members)
+        for block in sorted({block for members in lists for block in members})
+    }
 
 
 def shared_copy(

@@ -199,6 +199,30 @@ def _sharing_lines(report: Mapping[str, Any]) -> list[str]:
             f"{name}: shares blocks {blocks}; predicted output error {number(plan.get('predicted_error'), 4)}, attention "
             f"FLOPs saved {NONE if saving is None else f'{100 * saving:.1f} %'}"
         )
+        lines += _further_sharing_lines(name, plan)
+    return lines
+
+
+def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:
+    """What a plan does beside sharing maps between the branches, and what was measured of it."""
+    lines = []
+    if any(plan.get("across_steps") or ()):
+        blocks = "; ".join(" ".join(map(str, group)) or "none" for group in plan["across_steps"])
+        lines.append(
+            f"{name}: reuses blocks {blocks} at every second step; predicted output error "
+            f"{number(plan.get('across_error'), 4)}, attention FLOPs saved {100 * (plan.get('across_saving') or 0):.1f} %"
+        )
+    below = plan.get("skip_unconditional_below")
+    if below is not None:
+        lines.append(
+            f"{name}: skips the unconditional branch below timestep {below:g} (guidance {plan.get('skipped_guidance')}); "
+            f"greatest change of the guidance in a step {number(plan.get('skipped_change'), 4)}, denoiser FLOPs saved "
+            f"{100 * (plan.get('skipped_saving') or 0):.1f} %"
+        )
+    if plan.get("measured_prompts"):
+        psnr = plan.get("measured_psnr_db")
+        found = "pictures identical" if psnr is None else f"lowest PSNR {number(psnr)} dB"
+        lines.append(f"{name}: {found} over {_count(plan['measured_prompts'], 'prompt')}")
     return lines
 
 

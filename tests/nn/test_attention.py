@@ -71,7 +71,7 @@ def key_mask(prompts: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("prompts", [1, 3])
 @pytest.mark.parametrize("masked", [False, True])
-def test_035_one_batch_gives_the_conditional_map_to_both(prompts: int, masked: bool) -> None:
+def test_invariant_35_one_batch_gives_the_conditional_map_to_both(prompts: int, masked: bool) -> None:
     attention, shared = make()
     x, mask = inputs(prompts), key_mask(prompts) if masked else None
     plain = attention(x, attention_mask=mask)
@@ -84,7 +84,7 @@ def test_035_one_batch_gives_the_conditional_map_to_both(prompts: int, masked: b
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_035_equal_branches_give_equal_outputs(masked: bool) -> None:
+def test_invariant_35_equal_branches_give_equal_outputs(masked: bool) -> None:
     attention, _ = make()
     x, mask = inputs(2, same=True), key_mask(2) if masked else None
     plain = attention(x, attention_mask=mask)
@@ -98,7 +98,7 @@ def test_035_equal_branches_give_equal_outputs(masked: bool) -> None:
                 assert torch.allclose(y, plain[rows], atol=1e-6)
 
 
-def test_035_nothing_active_is_a_bit_equal_no_op() -> None:
+def test_invariant_35_nothing_active_is_a_bit_equal_no_op() -> None:
     attention, shared = make(frozenset())
     x = inputs(2)
     plain = shared.plain(attention, x)
@@ -130,7 +130,7 @@ def test_odd_batches_are_refused_in_words() -> None:
 
 
 @pytest.mark.parametrize("prompts", [1, 2])
-def test_035_two_calls_share_through_a_store_that_is_emptied(prompts: int) -> None:
+def test_invariant_35_two_calls_share_through_a_store_that_is_emptied(prompts: int) -> None:
     attention, shared = make()
     x = inputs(prompts)
     with branches.joint():
@@ -146,7 +146,7 @@ def test_035_two_calls_share_through_a_store_that_is_emptied(prompts: int) -> No
     assert not step.kept
 
 
-def test_035_unconditional_first_recomputes_and_keeps_nothing() -> None:
+def test_invariant_35_unconditional_first_recomputes_and_keeps_nothing() -> None:
     attention, shared = make()
     x = inputs()
     with branches.two_calls() as step:
@@ -159,7 +159,7 @@ def test_035_unconditional_first_recomputes_and_keeps_nothing() -> None:
     assert not step.kept
 
 
-def test_035_a_map_of_another_timestep_or_size_is_not_used() -> None:
+def test_invariant_35_a_map_of_another_timestep_or_size_is_not_used() -> None:
     attention, shared = make()
     x = inputs(2)
     for change in ("timestep", "size"):
@@ -174,7 +174,7 @@ def test_035_a_map_of_another_timestep_or_size_is_not_used() -> None:
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_035_the_store_is_empty_after_an_exception_or_a_cancel(inside: bool) -> None:
+def test_invariant_35_the_store_is_empty_after_an_exception_or_a_cancel(inside: bool) -> None:
     attention, _ = make()
     with pytest.raises(RuntimeError, match="stop"), branches.two_calls() as step:
         with step.call("conditional"):
@@ -187,7 +187,7 @@ def test_035_the_store_is_empty_after_an_exception_or_a_cancel(inside: bool) -> 
     assert branches.present().branch == "single"
 
 
-def test_035_the_error_stays_within_its_bound() -> None:
+def test_invariant_35_the_error_stays_within_its_bound() -> None:
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, 16)
     maps = (q @ k.transpose(-1, -2) / 4).softmax(-1)

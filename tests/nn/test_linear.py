@@ -55,7 +55,7 @@ def test_the_layer_computes_what_fake_quantization_says(
 
 
 @torch.no_grad()
-def test_032_each_group_uses_its_own_set_and_only_that() -> None:
+def test_invariant_32_each_group_uses_its_own_set_and_only_that() -> None:
     layer, _, x, transforms, weights, time = make(sets=2)
     for group, timestep in ((0, 100.0), (1, 900.0)):
         time.set(timestep)
@@ -111,7 +111,7 @@ def test_scales_stay_fp32_when_the_model_is_cast() -> None:
 
 
 @torch.no_grad()
-def test_010_state_survives_saving_bit_for_bit() -> None:
+def test_invariant_10_state_survives_saving_bit_for_bit() -> None:
     layer, _, x, *_ = make()
     other, *_ = make()
     for buffer in other.buffers():

@@ -12,8 +12,9 @@ from trdq_core import branches
 from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.nn import quantized_attention as module
 from trdq_core.nn.attention import Map
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
-from trdq_core.nn.linear import QuantizedLinear, pack
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.quantized_attention import (
     AttentionGrids,
     ObservedAttention,
@@ -157,14 +158,13 @@ def single_head() -> AttentionGrids:
 def test_quantized_linears_feed_quantized_products() -> None:
     attention, x = make()
     plain = attention(x)
-    spec = make_recipe("rtn").rules[0].weight
-    quantizer = InputQuantizer(
-        [InputTransform()], bits=8, symmetric=False, time=TimeContext(TimeGroups()), backend="torch", readers=3
-    )  # fmt: skip
+    rule = make_recipe("rtn").rules[0]
+    time = TimeContext(TimeGroups())
+    quantizer = InputQuantizer([InputTransform()], InputGrid(rule.activation), time=time, backend="torch", readers=3)
     for index, name in enumerate(("to_q", "to_k", "to_v")):
         linear = getattr(attention, name)
-        packed = [pack(quantize_weight(linear.weight, spec))]
-        setattr(attention, name, QuantizedLinear(packed, linear.bias, quantizer, owns_input=index == 0, weight_bits=8))
+        weights = [quantize_weight(linear.weight, rule.weight)]
+        setattr(attention, name, QuantizedLinear(weights, linear.bias, quantizer, owns_input=index == 0))
     y = attention(x)
     assert 0 < float((y - plain).norm() / plain.norm()) < 0.05
 

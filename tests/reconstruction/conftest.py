@@ -10,6 +10,7 @@ import pytest
 
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.calibration import calibrate
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.reconstruction.units import UnitLinear
 from trdq_core.specs import LayerRule, QuantSpec, Recipe, ReconstructionSpec
 from trdq_core.statistics import Statistics
@@ -21,7 +22,7 @@ ACTIVATION = QuantSpec(bits=8, symmetric=False, granularity="token", dynamic=Tru
 BLOCK_ROLES = (
     "self_q", "self_k", "self_v", "self_out", "cross_q", "cross_k", "cross_v", "cross_out", "mlp_in", "mlp_out"
 )  # fmt: skip
-QUICK = ReconstructionSpec(iterations=12, batch=4, learning_rate=0.1)
+QUICK = ReconstructionSpec(iterations=40, batch=4, learning_rate=0.1)
 
 
 @pytest.fixture(scope="session")
@@ -36,17 +37,18 @@ def statistics(model: PixArtModel) -> Statistics:
 
 @pytest.fixture(scope="session")
 def fit(model: PixArtModel) -> Callable[..., list[UnitLinear]]:
-    """Linears of some roles on their grids; `change` replaces fields of each."""
+    """Linears of some roles on their grids."""
 
     def build(
-        roles: Sequence[str] = BLOCK_ROLES, activation: QuantSpec | None = ACTIVATION, **change: object
+        roles: Sequence[str] = BLOCK_ROLES, activation: QuantSpec | None = ACTIVATION, ranges: tuple = ()
     ) -> list[UnitLinear]:
         fitted = []
         for layer in model.linears():
             if layer.role in roles:
                 weight = model.denoiser.get_submodule(layer.name).weight.detach().double()
-                linear = UnitLinear(layer.name, InputTransform(), weight, fit_grid(weight, WEIGHT), activation)
-                fitted.append(dataclasses.replace(linear, **change))
+                grid = fit_grid(weight, WEIGHT)
+                linear = UnitLinear(layer.name, InputTransform(), weight, grid, InputGrid(activation, ranges=ranges))
+                fitted.append(linear)
         return fitted
 
     return build

@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 
 def record(model: PixArtModel, statistics: Statistics, *, items: int = 384) -> RecordedCalls:
-    return record_calls(model, BLOCKS, (), statistics, Progress("observe", 8), items=items)
+    return record_calls(model, BLOCKS, (), statistics, lambda total: Progress("observe", total), items=items)
 
 
 def test_depth_costs_no_memory(model: PixArtModel, statistics: Statistics) -> None:

@@ -103,11 +103,11 @@ def test_stored_units_of_other_settings_are_learned_again(
     model: PixArtModel, statistics: Statistics, fit: Fit, tmp_path: Path
 ) -> None:
     options = {"folder": tmp_path}
-    first = reconstruct(model, fit(["mlp_out"]), make_recipe(), statistics, **options)
-    again = reconstruct(model, fit(["mlp_out"]), make_recipe(), statistics, **options, seed=7)
+    first = reconstruct(model, fit(["mlp_out"]), make_recipe(iterations=12), statistics, **options)
+    again = reconstruct(model, fit(["mlp_out"]), make_recipe(iterations=12), statistics, **options, seed=7)
     assert not same_weights(first, again)
     (tmp_path / "unit-000.safetensors").write_bytes(b"damaged")
-    repaired = reconstruct(model, fit(["mlp_out"]), make_recipe(), statistics, **options, seed=7)
+    repaired = reconstruct(model, fit(["mlp_out"]), make_recipe(iterations=12), statistics, **options, seed=7)
     assert same_weights(repaired, again)
 
 
@@ -126,7 +126,7 @@ def test_static_ranges_by_time_group_and_weight_only(model: PixArtModel, statist
     narrow = fit(["mlp_in"], static, ranges=((-4.0, 4.0), (-0.1, 0.1)))
     weight_only = fit(["mlp_in"], None)
     errors = [
-        reconstruct(model, linears, make_recipe(), statistics, groups=groups).units[0].error_nearest
+        reconstruct(model, linears, make_recipe(iterations=1), statistics, groups=groups).units[0].error_nearest
         for linears in (weight_only, by_group, narrow)
     ]
     assert errors[0] <= errors[1] * 1.01 < errors[2]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.numerics.affine import fake_quantize_static, fake_quantize_tokens
 from trdq_core.reconstruction.soft import RoundedInput, SoftLinear, make_soft
 from trdq_core.reconstruction.units import UnitLinear
@@ -20,6 +21,7 @@ GRIDS = {
     "twin_log": QuantSpec(bits=3, grid="twin_log"),
     "clipped": QuantSpec(bits=2, range="mse"),
 }
+TOKENS = QuantSpec(bits=4, granularity="token", dynamic=True)
 CPU = torch.device("cpu")
 
 
@@ -56,7 +58,7 @@ def test_rounding_to_nearest_is_a_choice_of_neighbours(spec: QuantSpec) -> None:
 
 
 def test_gradients_pass_the_rounding_of_the_input() -> None:
-    soft = soft_linear(GRIDS["channel"], activation=QuantSpec(bits=4, granularity="token", dynamic=True))
+    soft = soft_linear(GRIDS["channel"], input=InputGrid(TOKENS))
     x = torch.randn(5, 64, requires_grad=True)
     soft(x).sum().backward()
     assert torch.allclose(x.grad, soft.soft_weight().sum(0).expand(5, -1), atol=1e-5)
@@ -65,8 +67,7 @@ def test_gradients_pass_the_rounding_of_the_input() -> None:
 def test_dynamic_inputs_are_rounded_token_by_token() -> None:
     x = torch.randn(3, 7, 64)
     spec = QuantSpec(bits=4, symmetric=False, granularity="token", dynamic=True)
-    exact, rounded = RoundedInput(InputTransform(), spec)(x)
-    assert torch.equal(exact, x)
+    rounded = RoundedInput(InputTransform(), InputGrid(spec))(x)
     assert torch.allclose(rounded, fake_quantize_tokens(x, bits=4, symmetric=False), atol=1e-6)
 
 
@@ -74,16 +75,16 @@ def test_groups_of_a_token_have_ranges_of_their_own() -> None:
     x = torch.randn(3, 64)
     spec = QuantSpec(bits=4, granularity="group", group_size=16, dynamic=True)
     parts = [fake_quantize_tokens(part, bits=4, symmetric=True) for part in x.split(16, 1)]
-    assert torch.allclose(RoundedInput(InputTransform(), spec).round(x), torch.cat(parts, 1), atol=1e-6)
+    assert torch.allclose(RoundedInput(InputTransform(), InputGrid(spec)).round(x), torch.cat(parts, 1), atol=1e-6)
 
 
 def test_static_ranges_follow_the_time_group_of_each_item() -> None:
     spec = QuantSpec(bits=8, symmetric=False, granularity="tensor")
-    rounded = RoundedInput(InputTransform(), spec, ((-1.0, 1.0), (-9.0, 9.0)))
+    rounded = RoundedInput(InputTransform(), InputGrid(spec, ranges=((-1.0, 1.0), (-9.0, 9.0))))
     rounded.groups = torch.tensor([1, 0])
     x = torch.tensor([[[5.0]], [[5.0]]])
     assert torch.allclose(rounded.round(x).flatten(), torch.tensor([5.0, 1.0]), atol=0.05)
-    one = RoundedInput(InputTransform(), spec, ((-9.0, 9.0),)).round(x)
+    one = RoundedInput(InputTransform(), InputGrid(spec, ranges=((-9.0, 9.0),))).round(x)
     assert torch.allclose(one, fake_quantize_static(x, torch.tensor([-9.0, 9.0]), bits=8, symmetric=False))
 
 
@@ -95,13 +96,12 @@ def test_readers_of_one_transform_share_the_rounded_input() -> None:
     x = torch.randn(2, 64)
     made["q"](x)
     assert made["q"].rounded is made["k"].rounded
-    assert made["k"].rounded(x)[0] is made["q"].rounded(x)[0]
+    assert made["k"].rounded(x) is made["q"].rounded(x)
 
 
 def test_a_low_rank_branch_reads_the_exact_input() -> None:
     low_rank = torch.randn(24, 64).double()
-    spec = QuantSpec(bits=4, granularity="token", dynamic=True)
-    soft = soft_linear(GRIDS["channel"], activation=spec, low_rank=low_rank)
-    plain = soft_linear(GRIDS["channel"], activation=spec)
+    soft = soft_linear(GRIDS["channel"], input=InputGrid(TOKENS), low_rank=low_rank)
+    plain = soft_linear(GRIDS["channel"], input=InputGrid(TOKENS))
     x = torch.randn(5, 64)
     assert torch.allclose(soft(x) - plain(x), functional.linear(x, low_rank.float()), atol=1e-4)

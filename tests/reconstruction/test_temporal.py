@@ -37,7 +37,7 @@ def test_timesteps_in_between() -> None:
 
 def test_invariant_31_the_temporal_block_is_learned_apart(model: PixArtModel, statistics: Statistics, fit: Fit) -> None:
     temporal = [linear for linear in fit(["embed", "modulation"], None) if linear.name in TEMPORAL]
-    recipe = make_recipe(temporal_block=True, iterations=80, learning_rate=0.02)
+    recipe = make_recipe(temporal_block=True, iterations=80)
     alone = reconstruct(model, temporal, recipe, statistics)
     assert [(unit.kind, unit.layers) for unit in alone.units] == [("temporal", TEMPORAL)]
     assert alone.units[0].kept and alone.units[0].error_learned < alone.units[0].error_nearest

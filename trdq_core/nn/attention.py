@@ -70,6 +70,24 @@ def map_blocks(source: Map) -> Iterator[tuple[int, int, slice, Tensor]]:
                 yield item, head, part, scores
 
 
+def _attend_by_blocks(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    values = values.contiguous()
+    batch, heads, rows, _ = q.shape
+    out = torch.empty(batch, rows, heads, values.shape[-1], dtype=q.dtype)
+    for item, head, part, probabilities in map_blocks(Map(q, k, mask)):
+        torch.mm(probabilities, values[item, head], out=out[item, part, head])
+    return out
+
+
+# The same as one operator to torch.compile, which would otherwise unroll the loop over row blocks.
+_attend_operator = torch.library.custom_op("trdq::attend", _attend_by_blocks, mutates_args=(), device_types="cpu")
+
+
+@_attend_operator.register_fake
+def _(q: Tensor, k: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], values.shape[-1])
+
+
 def attend(source: Map, values: Tensor) -> Tensor:
     """The map times `values` (batch, heads, tokens, any width): (batch, tokens, heads, width), heads side by side.
 
@@ -80,12 +98,8 @@ def attend(source: Map, values: Tensor) -> Tensor:
     traced = torch.is_grad_enabled() and q.requires_grad  # writing into given memory has no gradient
     if traced or q.device.type != "cpu" or q.dtype is not torch.float32:
         return functional.scaled_dot_product_attention(q, k, values, attn_mask=mask).transpose(1, 2)
-    values = values.contiguous()
-    batch, heads, rows, _ = q.shape
-    out = torch.empty(batch, rows, heads, values.shape[-1], dtype=q.dtype)
-    for item, head, part, probabilities in map_blocks(source):
-        torch.mm(probabilities, values[item, head], out=out[item, part, head])
-    return out
+    by_blocks = _attend_operator if torch.compiler.is_compiling() else _attend_by_blocks
+    return by_blocks(q, k, values, mask)
 
 
 class Projections:
@@ -153,8 +167,25 @@ class SharedAttention:
         self, plain: Callable[..., Tensor], groups: TimeGroups, active: frozenset[int], time: TimeContext
     ) -> None:
         self.plain, self.groups, self.active, self.time = plain, groups, active, time
-        self.shared_calls = 0
-        self.plain_calls = 0
+        self._calls = torch.zeros(
+            2, dtype=torch.int64
+        )  # shared, plain; a tensor, since torch.compile guards on numbers
+        self.prepare()
+
+    @property
+    def shared_calls(self) -> int:
+        """How often the map was shared."""
+        return int(self._calls[0])
+
+    @property
+    def plain_calls(self) -> int:
+        """How often it was not."""
+        return int(self._calls[1])
+
+    def prepare(self) -> None:
+        """Look up branch and time of the call to come. torch.compile cannot trace that, so it is done before its graphs."""
+        self._step = branches.present()
+        self._on = self.groups.group_of(self.time.timestep) in self.active
 
     def __call__(
         self,
@@ -165,15 +196,19 @@ class SharedAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """The attention's output (batch, tokens, channels)."""
-        step = branches.present()
-        heads = None
-        eligible = encoder_hidden_states is None and self.groups.group_of(self.time.timestep) in self.active
-        if eligible and step.branch != "single":
+        if not torch.compiler.is_compiling():
+            self.prepare()
+        step, heads = self._step, None
+        if self._on and encoder_hidden_states is None:
             mask = additive_mask(attn, attention_mask, hidden_states)
-            compute = {"joint": self._joint, "conditional": self._conditional, "unconditional": self._unconditional}
-            heads = compute[step.branch](attn, hidden_states, mask, step)
+            if step.branch == "joint":
+                heads = self._joint(attn, hidden_states, mask)
+            elif step.branch == "conditional":
+                heads = self._conditional(attn, hidden_states, mask, step)
+            elif step.branch == "unconditional":
+                heads = self._unconditional(attn, hidden_states, mask, step)
         if heads is None:
-            self.plain_calls += 1
+            self._calls[1] += 1
             return self.plain(
                 attn,
                 hidden_states,
@@ -183,7 +218,7 @@ class SharedAttention:
             )
         return finish(attn, heads)
 
-    def _joint(self, attn: nn.Module, x: Tensor, mask: Tensor | None, step: branches.GuidedStep) -> Tensor | None:
+    def _joint(self, attn: nn.Module, x: Tensor, mask: Tensor | None) -> Tensor | None:
         half = len(x) // 2
         if len(x) % 2:
             raise ShapeError(
@@ -195,7 +230,7 @@ class SharedAttention:
         values = projections.heads("to_v")  # first, so that q and k find the whole input quantized
         both = torch.cat([values[:half], values[half:]], -1)
         out = attend(projections.map(mask, half), both)
-        self.shared_calls += 1
+        self._calls[0] += 1
         return torch.cat(out.chunk(2, -1))
 
     def _conditional(self, attn: nn.Module, x: Tensor, mask: Tensor | None, step: branches.GuidedStep) -> Tensor:
@@ -220,7 +255,7 @@ class SharedAttention:
             or not same_mask(source.mask, mask)
         ):
             return None
-        self.shared_calls += 1
+        self._calls[0] += 1
         return attend(source, Projections(attn, x).heads("to_v"))
 
 

@@ -186,8 +186,11 @@ def _tr_dq_release_pixart(w: int, a: int) -> Ingredients:
 
 
 def _tr_dq_plus(w: int, a: int) -> Ingredients:
-    searched = TransformSpec(kind="smooth", alpha=None)
-    chain = (searched, SERPENTINE, HADAMARD)
+    chain = (
+        TransformSpec(kind="smooth", alpha=None, absmax="spearman"),
+        SERPENTINE,
+        TransformSpec(kind="hadamard", random_signs=True),
+    )
     activation = per_token(a, range="mse" if a < 8 else "minmax")
     return Ingredients((rule(per_channel(w, range="mse"), activation, *chain, rounding="gptq"),))
 

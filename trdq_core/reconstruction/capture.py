@@ -158,17 +158,18 @@ def record_calls(
     blocks: Sequence[str],
     alone: Sequence[str],
     statistics: Statistics,
-    progress: Progress,
+    start: Callable[[int], Progress],
     *,
     items: int = ITEMS,
 ) -> RecordedCalls:
     """Sample the calibration's prompts in full precision and record calls of blocks, which follow each other, and of further
-    modules, spread over prompts and timesteps."""
+    modules, spread over prompts and timesteps. `start` is told how many steps will be sampled."""
     about = statistics.about
     calls = max(1, items // (2 if about["guidance"] > 1 else 1))
     numbers = range(0, len(about["prompts"]), -(-len(about["prompts"]) // calls))
     conditionings = model.encode([about["prompts"][number] for number in numbers])
     choice = EvenChoice(len(conditionings), about["steps"], calls)
+    progress = start(len(conditionings) * about["steps"])
     recorder = CallRecorder(model.denoiser, [*blocks, *alone], model.timestep_argument, walked=blocks)
     step = 0
 

@@ -92,20 +92,21 @@ def learn_rounding(
 ) -> dict[str, Tensor]:
     """Which weights take their upper neighbour, (out, in) bool by layer.
 
-    loss = squared error of the outputs / `scale` + round_weight * mean(1 - |2 h - 1|^beta), over random items, with beta
-    falling from `beta[0]` to `beta[1]` after the warm-up, in which the penalty is left out.
+    loss = squared error of the outputs / `scale` + round_weight * sum(1 - |2 h - 1|^beta), over random items, with beta
+    falling from `beta[0]` to `beta[1]` after the warm-up, in which the penalty is left out. With `scale` the error of an item
+    under nearest rounding, the size of the outputs does not matter; a round_weight too small leaves weights undecided, and
+    what they gained is lost when they are rounded in the end.
     """
     task.harden(None)
     generator = torch.Generator().manual_seed(seed)
     parameters = [linear.v for linear in task.soft.values()]
-    weights = sum(v.numel() for v in parameters)
     optimizer = torch.optim.Adam(parameters, lr=spec.learning_rate, fused=True)
     for iteration, beta in enumerate(betas(spec)):
         items = task.learn[torch.randint(len(task.learn), (spec.batch,), generator=generator)]
         pairs = zip(task.outputs(items), task.targets(items), strict=True)
         loss = sum((got - wanted).square().sum() for got, wanted in pairs) / (spec.batch * scale)
         if beta is not None:
-            loss = loss + spec.round_weight * sum(rounding_penalty(v, beta) for v in parameters) / weights
+            loss = loss + spec.round_weight * sum(rounding_penalty(v, beta) for v in parameters)
         if not math.isfinite(loss.item()):
             raise CalibrationError(
                 f"{task.name}: the loss of learning its rounding is not finite at iteration {iteration + 1}; "

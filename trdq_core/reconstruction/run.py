@@ -76,7 +76,8 @@ def reconstruct(
     """Learn the rounding of `linears` on the outputs of their units.
 
     The calibration's prompts are sampled again in full precision, and each unit is learned to give the outputs of full precision
-    from the inputs that the units before it, decided already, leave it. A unit whose error on held-out pictures does not
+    from the inputs that the blocks before it, decided already, leave it. Timestep, text and what else a block reads are those of
+    full precision. A unit whose error on held-out pictures does not
     fall keeps rounding to nearest. Finished units are stored in `folder` and taken from there by the next call with the same
     model, recipe, statistics and seed. `groups` are those that static ranges of the linears go by.
     """
@@ -176,8 +177,8 @@ def _record(
         last = max((blocks.index(block) for unit in others if (block := _block_of(unit)) is not None), default=-1)
         walked = blocks[: last + 1]
         alone = [unit.module for unit in others if _block_of(unit) is None]
-        progress = Progress("observe", len(statistics.about["prompts"]) * statistics.about["steps"], **reports)
-        replays[False] = replay(record_calls(model, walked, alone, statistics, progress), walked)
+        record = record_calls(model, walked, alone, statistics, lambda total: Progress("observe", total, **reports))
+        replays[False] = replay(record, walked)
     return replays
 
 

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from trdq_core.numerics.affine import choose_qparams, fake_quantize
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.reconstruction.units import UnitLinear
-from trdq_core.specs import QuantSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.weights.adaround import Neighbours, find_neighbours, initial_logits, soft_weight
 
@@ -18,23 +17,21 @@ from trdq_core.weights.adaround import Neighbours, find_neighbours, initial_logi
 class RoundedInput:
     """T(x) on its grid, once for all linears that read x. Gradients pass the rounding as if it were not there.
 
-    Static ranges that differ from time group to time group are chosen for each item by `groups` (items,).
+    Ranges that differ from time group to time group are chosen for each item by `groups` (items,).
     """
 
-    def __init__(
-        self, transform: InputTransform, spec: QuantSpec | None, ranges: Sequence[tuple[float, float]] = ()
-    ) -> None:
-        self.transform, self.spec, self.ranges = transform, spec, tuple(ranges)
+    def __init__(self, transform: InputTransform, grid: InputGrid) -> None:
+        self.transform, self.grid = transform, grid
         self.groups: Tensor | None = None
-        self._last: tuple[Tensor, Tensor, Tensor] | None = None
+        self._last: tuple[Tensor, Tensor] | None = None
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """T(x) and T(x) on its grid, (..., channels) each."""
+    def __call__(self, x: Tensor) -> Tensor:
+        """T(x) on its grid, (items, ..., channels)."""
         if self._last is None or self._last[0] is not x:
             exact = self.transform.apply(x)
-            rounded = exact if self.spec is None else exact + (self.round(exact.detach()) - exact).detach()
-            self._last = (x, exact, rounded)
-        return self._last[1], self._last[2]
+            rounded = exact if self.grid.spec is None else exact + (self.round(exact.detach()) - exact).detach()
+            self._last = (x, rounded)
+        return self._last[1]
 
     def forget(self) -> None:
         """Let go of the last input, whose autograd graph is spent."""
@@ -42,27 +39,19 @@ class RoundedInput:
 
     def round(self, x: Tensor) -> Tensor:
         """x (items, ..., channels), transformed already, on its grid."""
-        spec = self.spec
-        assert spec is not None  # weight-only linears do not come here
-        if spec.dynamic:
-            shape = x.shape
-            if spec.group_size:
-                x = x.unflatten(-1, (-1, spec.group_size))
-            low, high = x.amin(-1, keepdim=True) * spec.clip, x.amax(-1, keepdim=True) * spec.clip
-            grid = choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric)
-            return fake_quantize(x, grid, bits=spec.bits).reshape(shape)
-        if len(self.ranges) > 1 and self.groups is not None:
-            chosen = self.groups.repeat_interleave(len(x) // len(self.groups))
-            bounds = torch.tensor(self.ranges, dtype=x.dtype, device=x.device)[chosen.to(x.device)]
-            low, high = (part.view(-1, *[1] * (x.dim() - 1)) for part in bounds.unbind(1))
-        else:
-            low, high = torch.tensor(self.ranges[0], dtype=x.dtype, device=x.device)
-        grid = choose_qparams(low, high, bits=spec.bits, symmetric=spec.symmetric)
-        return fake_quantize(x, grid, bits=spec.bits)
+        rows = x.flatten(0, -2)
+        if self.groups is None or len(self.grid.ranges) < 2:
+            return self.grid.round(rows).view_as(x)
+        group_of_row = self.groups.to(x.device).repeat_interleave(len(rows) // len(self.groups))
+        rounded = torch.empty_like(rows)
+        for group in self.groups.unique().tolist():
+            chosen = group_of_row == group
+            rounded[chosen] = self.grid.round(rows[chosen], group)
+        return rounded.view_as(x)
 
 
 class SoftLinear(nn.Module):
-    """y = Q_A(T(x)) W_soft^T + T(x) L^T + bias with W_soft = below + h(V) (above - below), the neighbours on the weight's grid.
+    """y = Q_A(T(x)) W_soft^T + x L^T + bias with W_soft = below + h(V) (above - below), the neighbours on the weight's grid.
 
     V starts where W_soft is the weight itself (AdaRound, arXiv 2004.10568).
     `hard` takes the place of W_soft once the rounding is decided.
@@ -80,10 +69,9 @@ class SoftLinear(nn.Module):
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
         """x (..., in) to (..., out)."""
-        exact, rounded = self.rounded(x)
         weight = self.soft_weight() if self.hard is None else self.hard
-        y = functional.linear(rounded, weight, self.bias)
-        return y if self.low_rank is None else y + functional.linear(exact, self.low_rank)
+        y = functional.linear(self.rounded(x), weight, self.bias)
+        return y if self.low_rank is None else y + functional.linear(x, self.low_rank)
 
     def soft_weight(self) -> Tensor:
         """W_soft (out, in) fp32."""
@@ -122,7 +110,6 @@ def make_soft(
     made = {}
     for linear, bias in zip(linears, biases, strict=True):
         moved = InputTransform(*(p.to(device) if isinstance(p, Tensor) else p for p in linear.transform))
-        key = (id(linear.transform), linear.activation, linear.ranges)
-        rounded = shared.setdefault(key, RoundedInput(moved, linear.activation, linear.ranges))
+        rounded = shared.setdefault((id(linear.transform), linear.input), RoundedInput(moved, linear.input))
         made[linear.name] = SoftLinear(linear, bias, rounded, device)
     return made

@@ -73,7 +73,7 @@ def digest_of(parts: Iterable[object]) -> str:
 
 def digest_of_linear(linear: SoftLinear) -> str:
     """A digest of what is learned for a linear: both neighbours of every weight, its transform and the grid of its input."""
-    digest = hashlib.sha256(f"{linear.linear.name}{linear.linear.activation}{linear.linear.ranges}".encode())
+    digest = hashlib.sha256(f"{linear.linear.name}{linear.linear.input}".encode())
     transform = (part for part in linear.linear.transform if isinstance(part, Tensor))
     for tensor in (*linear.neighbours, *transform):
         digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())

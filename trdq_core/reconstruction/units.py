@@ -9,31 +9,30 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.plan import LayerInfo
-from trdq_core.specs import QuantSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.weights.grids import WeightGrid
 
 UnitKind = Literal["temporal", "layer", "block"]
 TEMPORAL_ROLES = ("embed", "modulation")
+FLOATING = InputGrid(None)  # an input that stays in floating point
 
 
 @dataclass(frozen=True)
 class UnitLinear:
     """One linear whose rounding is learned, as it was fitted.
 
-    weight: (out, in) what `grid` was fitted on: T*(W), less the low-rank branch where there is one.
-    activation: the grid of its input, None where the input stays in floating point; ranges: of a static one, (low, high) for
-        each time group, or a single one for all.
-    low_rank: (out, in) the product of the low-rank factors, which multiplies T(x) in full precision.
+    weight: (out, in) what `grid` was fitted on: T*(W), or T*(W - L) where there is a low-rank branch.
+    input: the grid of T(x); its ranges are one for all time groups, or one for each.
+    low_rank: L (out, in), the product of the low-rank factors, which multiplies x itself in full precision.
     """
 
     name: str
     transform: InputTransform
     weight: Tensor
     grid: WeightGrid
-    activation: QuantSpec | None = None
-    ranges: tuple[tuple[float, float], ...] = ()
+    input: InputGrid = FLOATING
     low_rank: Tensor | None = None
 
 

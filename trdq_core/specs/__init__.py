@@ -15,6 +15,7 @@ from trdq_core.specs.layers import (
 )
 from trdq_core.specs.recipe import (
     SHARING_MEASURES,
+    SKIPPED_GUIDANCE,
     STORAGE_MODES,
     TIME_GROUP_KINDS,
     AttentionSpec,
@@ -22,6 +23,7 @@ from trdq_core.specs.recipe import (
     ReconstructionSpec,
     SharingMeasure,
     SharingSpec,
+    SkippedGuidance,
     Storage,
     TimeGroupKind,
     TimeGroupSpec,
@@ -29,8 +31,9 @@ from trdq_core.specs.recipe import (
 from trdq_core.specs.run import MAX_PROMPT, Command, RunSpec, check_prompt
 
 __all__ = [
-    "ACTIVATION_BITS", "FORMAT_VERSION", "MAX_PROMPT", "ROUNDINGS", "SHARING_MEASURES", "STORAGE_MODES", "TIME_GROUP_KINDS",
-    "TIME_SPAN", "WEIGHT_BITS", "AttentionSpec", "Command", "Granularity", "LayerRule", "LowRankSpec", "QuantSpec",
-    "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure", "SharingSpec", "Spec", "Storage",
-    "TimeGroupKind", "TimeGroupSpec", "TransformKind", "TransformSpec", "check_prompt",
+    "ACTIVATION_BITS", "FORMAT_VERSION", "MAX_PROMPT", "ROUNDINGS", "SHARING_MEASURES", "SKIPPED_GUIDANCE",
+    "STORAGE_MODES", "TIME_GROUP_KINDS", "TIME_SPAN", "WEIGHT_BITS", "AttentionSpec", "Command", "Granularity",
+    "LayerRule", "LowRankSpec", "QuantSpec", "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure",
+    "SharingSpec", "SkippedGuidance", "Spec", "Storage", "TimeGroupKind", "TimeGroupSpec", "TransformKind",
+    "TransformSpec", "check_prompt",
 ]  # fmt: skip
