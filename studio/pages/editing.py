@@ -276,7 +276,8 @@ class Handlers:
             line = self._commands(plan, scan, form, None)
         except Exception as error:
             return {page.note: html.notice(explain(error))}
-        picked = gr.Dropdown(choices=offered, value=[]) if fresh else gr.Dropdown(choices=offered)
+        chosen = {"value": []} if fresh else {}
+        picked = gr.Dropdown(choices=offered, multiselect=True, **chosen)
         return {
             page.edit: edit, page.note: "", page.totals: edited.totals(plan, scan), page.table: edited.rows(plan),
             page.picked: picked, page.command: line,

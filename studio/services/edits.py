@@ -105,7 +105,7 @@ class Edits:
             _check_bits(to)
         changed = replace(edit, changes={**edit.changes, **dict.fromkeys(names, to)})
         rows = self._base_rows(edit)
-        if all(changed.changes.get(row.layer, ...) is None for row in rows):
+        if all(changed.changes.get(row.layer, _bits_of(row)) is None for row in rows):
             raise RecipeError("skip: every layer would stay in full precision; leave at least one quantized.")
         return _tidied(changed, rows)
 
@@ -167,7 +167,8 @@ class Edits:
         return replace(edit.base, rules=(*rules, *edit.base.rules), name=f"{edit.base.name}-edited", description=said)
 
     def _base_rows(self, edit: Edit) -> list[Any]:
-        return [row for row in self._plan(edit, edit.base).layers if row.action == "quantize"]
+        """The layers that a rule quantizes, also where a rule before it skips them."""
+        return [row for row in self._plan(edit, edit.base).layers if _first_rule(edit.base.rules, row) is not None]
 
     def _plan(self, edit: Edit, recipe: Recipe) -> Any:
         return self.plans.plan_of(edit.model, recipe, edit.steps)
@@ -190,47 +191,47 @@ def _check_bits(bits: Bits) -> None:
 
 def _tidied(edit: Edit, rows: list[Any]) -> Edit:
     """Without the changes that change nothing."""
-    base = {row.layer: Bits(row.weight_bits, row.activation_bits) for row in rows}
+    base = {row.layer: _bits_of(row) for row in rows}
     return replace(edit, changes={name: to for name, to in edit.changes.items() if base[name] != to})
 
 
+def _matches(rule: LayerRule, row: Any) -> bool:
+    """Whether a rule is for a layer, as the core takes it."""
+    return (not rule.roles or row.role in rule.roles) and fnmatch.fnmatch(row.layer, rule.match)
+
+
 def _first_rule(rules: tuple[LayerRule, ...], row: Any) -> LayerRule | None:
-    """The first rule that matches a layer, as the core takes it."""
-    return next(
-        (
-            rule
-            for rule in rules
-            if (not rule.roles or row.role in rule.roles) and fnmatch.fnmatch(row.layer, rule.match)
-        ),
-        None,
-    )
+    """The first rule for a layer that quantizes it."""
+    return next((rule for rule in rules if rule.weight is not None and _matches(rule, row)), None)
 
 
 def _rule_at(edit: Edit, row: Any, bits: Bits) -> LayerRule:
     """What the recipe's method does with a layer at these bits; a recipe of no method keeps its rule with other bits."""
     rules = METHODS[edit.method].build(bits.weight, bits.activation).rules if edit.method else ()
     rule = _first_rule(rules, row)
-    if rule is not None and rule.weight is not None:
+    if rule is not None:
         return rule
     rule = _first_rule(edit.base.rules, row)
-    if rule is None or rule.weight is None:
-        raise RecipeError(f"{row.layer}: {edit.base.name} leaves it in full precision; choose another layer.")
+    assert rule is not None and rule.weight is not None  # only layers that have one can be picked
     activation = replace(rule.activation, bits=bits.activation) if rule.activation is not None else None
     return replace(rule, weight=replace(rule.weight, bits=bits.weight), activation=activation)
+
+
+def _bits_of(row: Any) -> Change:
+    return Bits(row.weight_bits, row.activation_bits) if row.action == "quantize" else None
 
 
 def _covering(rule: LayerRule, parent: str, members: list[Any], every: list[Any]) -> list[LayerRule]:
     """`rule` for exactly these layers: one by their module and roles where that is exact, else one each."""
     roles = tuple(dict.fromkeys(row.role for row in members))
     one = replace(rule, roles=roles, match=f"{glob.escape(parent)}.*")
-    if {row.layer for row in every if _first_rule((one,), row)} == {row.layer for row in members}:
+    if {row.layer for row in every if _matches(one, row)} == {row.layer for row in members}:
         return [one]
     return [replace(rule, match=glob.escape(row.layer)) for row in members]
 
 
 def _edited(row: Any, edit: Edit, errors: Errors) -> EditedLayer:
-    kept = row.action != "quantize"
-    bits = None if kept else Bits(row.weight_bits, row.activation_bits)
+    bits = _bits_of(row)
     error = 0.0 if bits is None else errors.get(row.layer, {}).get(bits.label)
     return EditedLayer(
         row.layer, row.role, bits, row.transforms, row.kernel, bool(row.simulated), int(row.fp_bytes), int(row.weight_bytes),
