@@ -24,6 +24,7 @@ ROLE_COLOURS = {
     "temporal_mlp_in": "#1f6aa5", "temporal_mlp_out": "#6aaede",
 }  # fmt: skip
 BAR_PITCH = 14  # px between the layers of a bar chart
+FEW_BARS = 18  # that many fit on any screen
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
 MOST_CHANNELS = 768  # rows of a heatmap; more are merged by their largest value
@@ -188,11 +189,13 @@ def layer_bars(bars: Sequence[tuple[str, str, float]], *, title: str, log_y: boo
                 hovertemplate=f"%{{x}} ({role}): %{{y:.3g}}<extra></extra>",
             )
         )
-    figure.update_layout(**_layout(title, "", "relative error", 460))
+    figure.update_layout(**_layout(title, "", "squared error / squared output", 460))
     figure.update_layout(
-        barmode="stack", bargap=0.2, hovermode="closest", showlegend=True, autosize=False,
-        width=max(330, 90 + BAR_PITCH * len(bars)), margin={"t": 96, "b": 20, "r": 8},
+        barmode="stack", bargap=0.2, hovermode="closest", showlegend=True, margin={"t": 96, "b": 20, "r": 8},
+        legend={"traceorder": "normal"},
     )  # fmt: skip
+    if len(bars) > FEW_BARS:  # wider than a phone: the page scrolls the chart, not itself
+        figure.update_layout(autosize=False, width=90 + BAR_PITCH * len(bars))
     figure.update_xaxes(
         type="category", categoryorder="array", categoryarray=[name for name, _, _ in bars], tickangle=-90, tickfont={"size": 10},
         tickmode="array", tickvals=[name for name, _, _ in bars],

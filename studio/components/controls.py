@@ -36,6 +36,7 @@ class Controls:
     saved: gr.State
     model_line: gr.HTML
     method_line: gr.HTML
+    baseline_line: gr.HTML
     group_line: gr.HTML
     prices: gr.HTML
     random_seed: gr.Button
@@ -65,12 +66,12 @@ def build(models: list[tuple[str, str]]) -> Controls:
         _group_widgets, [controls.group_kind, controls.groups], [controls.groups, controls.edges, controls.group_line],
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    gr.on(
-        [controls.method.change, controls.weight_bits.change, controls.activation_bits.change, controls.saved.change],
-        lambda *chosen: lines.line(methods.chosen_facts(*chosen)),
-        [controls.method, controls.weight_bits, controls.activation_bits, controls.saved], controls.method_line,
-        queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+    for chosen, line in ((controls.method, controls.method_line), (controls.baseline, controls.baseline_line)):
+        depends = [chosen, controls.weight_bits, controls.activation_bits, controls.saved]
+        gr.on(
+            [widget.change for widget in depends], _method_line, depends, line,
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     return controls
 
 
@@ -90,19 +91,14 @@ def _subject(models: list[tuple[str, str]]) -> dict[str, Any]:
 
 def _quantization() -> dict[str, Any]:
     gr.HTML('<h3 class="tr-section">Quantization</h3>')
-    with gr.Row(elem_classes="tr-pair"):
-        method = gr.Dropdown(
-            methods.method_choices(), value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
-        )
-        baseline = gr.Dropdown(
-            methods.baseline_choices(),
-            value="rtn",
-            label="Baseline",
-            elem_id="baseline",
-            interactive=True,
-            min_width=100,
-        )
-    method_line = gr.HTML(lines.line(methods.chosen_facts("tr-dq", 4, 8, ())), elem_id="method-line")
+    method = gr.Dropdown(
+        methods.method_choices(), value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
+    )
+    method_line = gr.HTML(_method_line("tr-dq", 4, 8, ()), elem_id="method-line")
+    baseline = gr.Dropdown(
+        methods.baseline_choices(), value="rtn", label="Baseline", elem_id="baseline", interactive=True, min_width=100
+    )
+    baseline_line = gr.HTML(_method_line("rtn", 4, 8, ()), elem_id="baseline-line")
     with gr.Row(elem_classes="tr-pair"):
         weight_bits = gr.Radio(
             forms.BITS_CHOICES,
@@ -135,7 +131,7 @@ def _quantization() -> dict[str, Any]:
         elem_classes="tr-segments",
     )  # fmt: skip
     return {
-        "method": method, "baseline": baseline, "method_line": method_line,
+        "method": method, "baseline": baseline, "method_line": method_line, "baseline_line": baseline_line,
         "weight_bits": weight_bits, "activation_bits": activation_bits,
         "group_kind": group_kind, "group_line": group_line, "groups": groups, "edges": edges, "storage": storage,
         "prices": gr.HTML(elem_id="prices"), "share": share_box(None), "applied": gr.State(None),
@@ -182,6 +178,10 @@ def offer(controls: Controls, recipes: tuple[Any, ...], **values: Any) -> dict[A
         controls.method: _choose(methods.method_choices(recipes), values.get("method")),
         controls.baseline: _choose(methods.baseline_choices(recipes), values.get("baseline")),
     }
+
+
+def _method_line(method: Any, weight_bits: Any, activation_bits: Any, saved: tuple[Any, ...]) -> str:
+    return lines.line(methods.chosen_facts(method, weight_bits, activation_bits, saved))
 
 
 def _choose(choices: list[tuple[str, str]], value: Any) -> gr.Dropdown:

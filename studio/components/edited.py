@@ -7,6 +7,7 @@ from typing import Any
 
 from studio.components import words
 from studio.components.html import notice
+from studio.components.plan import arithmetic
 from studio.services.edits import EditedLayer, EditedPlan
 from studio.services.methods import title_of_method
 from studio.services.scans import ScanView
@@ -28,8 +29,6 @@ def layer_called(plan: EditedPlan, shown: Any) -> str | None:
 def totals(plan: EditedPlan, scan: ScanView | None) -> str:
     """Bytes, effective bits and predicted error of the plan as it is now."""
     count, changed = len(plan.layers), sum(layer.changed for layer in plan.layers)
-    simulated = sum(layer.simulated for layer in plan.layers)
-    arithmetic = f"{simulated} of {count} simulated" if simulated else "real"
     share = f"{words.times(plan.bytes, plan.fp_bytes)} of {words.size(plan.fp_bytes)} in FP32, one set"
     cells = (
         ("Made from", plan.edit.base.name, words.plural(changed, "layer") + " changed"),
@@ -38,7 +37,7 @@ def totals(plan: EditedPlan, scan: ScanView | None) -> str:
         ("Effective bits", f"{plan.effective_bits:.2f}", "a weight, a skipped layer counted as 32"),
         ("On the device", words.size(plan.resident_bytes), f"storage: {plan.recipe.storage}"),
         ("Predicted error", *_error(plan, scan)),
-        ("Arithmetic", arithmetic, "speed is not measured" if simulated else "real integer kernels"),
+        ("Arithmetic", *arithmetic(plan.recipe, [layer for layer in plan.layers if layer.bits is not None])),
     )  # fmt: skip
     body = "".join(
         f'<div class="tr-card"><dt>{name}</dt><dd>{escape(value)}</dd><small>{escape(tail)}</small></div>'
@@ -67,7 +66,7 @@ def _other_method(plan: EditedPlan, scan: ScanView | None) -> str:
 
 
 def _row(layer: EditedLayer) -> list[Any]:
-    error = "–" if layer.error is None else f"{layer.error:.2e}"
+    error = "–" if layer.error is None else f"{layer.error:.2e}" if layer.error else "0"
     if layer.bits is None:
         return [
             words.layer(layer.layer),

@@ -13,7 +13,7 @@ CALIBRATION_LINES = {
 }
 UNDER = (
     "Real: multiplied by integer kernels and timed. Simulated: rounded in floating point, because no kernel takes these grids; "
-    "its pictures are exact, its time says nothing and is not shown. Every method uses the shared statistics of a "
+    "its pictures count, its time says nothing and is not shown. Every method uses the shared statistics of a "
     "calibration; the last column is what it asks for beyond them."
 )
 

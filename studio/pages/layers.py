@@ -8,6 +8,7 @@ from typing import Any
 
 import gradio as gr
 
+from studio.components import editing as widgets
 from studio.components import html, sensitivity
 from studio.components.controls import Controls
 from studio.context import Studio
@@ -37,7 +38,7 @@ class LayersPage:
     empty: gr.HTML
     note: gr.HTML
     result: sensitivity.ScanResult
-    plan: editing.PlanPart
+    plan: widgets.PlanPart
 
 
 def build(strip: gr.HTML, problem: gr.HTML) -> LayersPage:
@@ -57,14 +58,14 @@ def build(strip: gr.HTML, problem: gr.HTML) -> LayersPage:
             interactive=True, min_width=200,
         )  # fmt: skip
     with gr.Row(elem_classes="tr-choose"):
-        scan = gr.Button("Scan", variant="primary", elem_id="run-scan", min_width=110)
-        cancel = gr.Button("Cancel", elem_id="cancel-scan", min_width=90)
+        scan = gr.Button("Scan", variant="primary", elem_id="run-scan", min_width=110, elem_classes="tr-act")
+        cancel = gr.Button("Cancel", elem_id="cancel-scan", min_width=90, elem_classes="tr-act")
     stored = gr.Dropdown(
         [], label="Stored scan", elem_id="stored-scan", interactive=True, filterable=False, visible=False
     )
     empty, note = gr.HTML(elem_id="scan-empty"), gr.HTML(elem_id="scan-note")
     found = sensitivity.build()
-    return LayersPage(strip, problem, method, bits, count, scan, cancel, stored, empty, note, found, editing.build())
+    return LayersPage(strip, problem, method, bits, count, scan, cancel, stored, empty, note, found, widgets.build())
 
 
 def wire(

@@ -12,7 +12,8 @@ from trdq_core.specs import Recipe
 
 __all__ = [
     "METHOD_TITLES", "SAVED_PREFIX", "MethodFacts", "all_facts", "baseline_choices", "calibration_words", "chosen_facts",
-    "facts_of", "facts_of_saved", "is_simulated", "link_of", "method_choices", "saved_name", "split_name", "title_of_method",
+    "facts_of", "facts_of_saved", "is_simulated", "link_of", "method_choices", "saved_choices",
+    "saved_name", "split_name", "title_of_method",
 ]  # fmt: skip
 
 METHOD_TITLES = {
@@ -66,12 +67,12 @@ def saved_name(method: Any) -> str | None:
 def method_choices(saved: tuple[Recipe, ...] = ()) -> list[tuple[str, str]]:
     """Every method for a dropdown, ours first, then the saved recipes; what is simulated at any offered bits says so."""
     names = [name for name in reversed(METHODS) if name != "fp"]
-    return [(_label(name), name) for name in names] + _saved_choices(saved)
+    return [(_label(name), name) for name in names] + saved_choices(saved)
 
 
 def baseline_choices(saved: tuple[Recipe, ...] = ()) -> list[tuple[str, str]]:
     """The same, the simplest first."""
-    return [(_label(name), name) for name in METHODS if name != "fp"] + _saved_choices(saved)
+    return [(_label(name), name) for name in METHODS if name != "fp"] + saved_choices(saved)
 
 
 def is_simulated(recipe: Recipe) -> bool:
@@ -139,5 +140,6 @@ def _label(name: str) -> str:
     return f"{title_of_method(name)} (simulated)" if simulated else title_of_method(name)
 
 
-def _saved_choices(saved: tuple[Recipe, ...]) -> list[tuple[str, str]]:
+def saved_choices(saved: tuple[Recipe, ...]) -> list[tuple[str, str]]:
+    """The saved recipes for a dropdown."""
     return [(f"{recipe.name} (saved recipe)", SAVED_PREFIX + recipe.name) for recipe in saved]

@@ -30,8 +30,8 @@ DEFAULT_BITS = list(SENSITIVITY_BITS)
 BITS_CHOICES = list(dict.fromkeys((*OFFERED_BITS, *SENSITIVITY_BITS)))
 ERROR_CHOICES: list[tuple[str, Error]] = [("Of the prediction", "denoiser_error"), ("Of the layer", "layer_error")]
 ERROR_WORDS: dict[Error, str] = {
-    "denoiser_error": "squared error of the denoiser's prediction, over its square",
-    "layer_error": "squared error of the layer's own output, over its square",
+    "denoiser_error": "error of the denoiser's prediction",
+    "layer_error": "error of the layer's own output",
 }
 ORDER_CHOICES: list[tuple[str, Order]] = [("Model", "model"), ("Largest first", "largest"), ("Role", "role")]
 MOST_OPEN = 8  # scans kept in memory

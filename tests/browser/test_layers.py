@@ -41,10 +41,11 @@ def names_on_chart(page: Any) -> list[str]:
 
 
 def until_totals_change(page: Any, button: str) -> str:
-    before = page.locator("#edit-totals").inner_text()
+    cards = page.locator("#edit-totals .tr-cards")
+    before = cards.inner_text()
     page.locator(button).click()
-    page.wait_for_function("b => document.querySelector('#edit-totals').innerText !== b", arg=before)
-    return str(page.locator("#edit-totals").inner_text())
+    page.wait_for_function("b => document.querySelector('#edit-totals .tr-cards').innerText !== b", arg=before)
+    return str(cards.inner_text())
 
 
 @pytest.mark.parametrize("width", [1400, 390])
