@@ -17,10 +17,10 @@ OTHERS = ("#7c6cd6", "#2f8fd0", "#c2558f")  # recipes without a column
 LIMIT = "#e05a1f"
 # One hue for each part of a block, its layers from dark to light.
 ROLE_COLOURS = {
-    "self_q": "#0b6b62", "self_k": "#0d9488", "self_v": "#4bbfb2", "self_out": "#93dcd3",
-    "cross_q": "#8a4b06", "cross_k": "#b8690a", "cross_v": "#e09a3e", "cross_out": "#f0c78c",
-    "mlp_in": "#5b4bb8", "mlp_out": "#9b8ee6",
-    "temporal_q": "#7d2f55", "temporal_k": "#a8487a", "temporal_v": "#c9719d", "temporal_out": "#e2a5c3",
+    "self_q": "#0e7c72", "self_k": "#12a596", "self_v": "#4bbfb2", "self_out": "#93dcd3",
+    "cross_q": "#a85d08", "cross_k": "#cc7a14", "cross_v": "#e09a3e", "cross_out": "#f0c78c",
+    "mlp_in": "#6f5fd0", "mlp_out": "#9b8ee6",
+    "temporal_q": "#97406b", "temporal_k": "#a8487a", "temporal_v": "#c9719d", "temporal_out": "#e2a5c3",
     "temporal_mlp_in": "#1f6aa5", "temporal_mlp_out": "#6aaede",
 }  # fmt: skip
 BAR_PITCH = 14  # px between the layers of a bar chart

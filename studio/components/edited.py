@@ -12,8 +12,18 @@ from studio.services.edits import EditedLayer, EditedPlan
 from studio.services.methods import title_of_method
 from studio.services.scans import ScanView
 
-HEADERS = ["Layer", "Role", "W", "A", "Kernel", "Bytes", "Error", "Changed"]
-WIDTHS = ["250px", "90px", "60px", "60px", "220px", "90px", "100px", "90px"]
+HEADERS = [
+    "Layer",
+    "W",
+    "A",
+    "Bytes",
+    "Error",
+    "Role",
+    "Kernel",
+    "Changed",
+]  # what can be changed stays in sight on a phone
+FLOAT = 16  # the activation bits of a layer that only has its weight quantized
+WIDTHS = ["190px", "60px", "60px", "90px", "100px", "100px", "220px", "100px"]
 
 
 def rows(plan: EditedPlan) -> list[list[Any]]:
@@ -67,19 +77,9 @@ def _other_method(plan: EditedPlan, scan: ScanView | None) -> str:
 
 def _row(layer: EditedLayer) -> list[Any]:
     error = "–" if layer.error is None else f"{layer.error:.2e}" if layer.error else "0"
-    if layer.bits is None:
-        return [
-            words.layer(layer.layer),
-            layer.role,
-            "skip",
-            "skip",
-            "full precision",
-            words.size(layer.bytes),
-            error,
-            "yes",
-        ]
-    activation = "float" if layer.bits.activation == 16 else str(layer.bits.activation)
-    return [
-        words.layer(layer.layer), layer.role, str(layer.bits.weight), activation, layer.kernel, words.size(layer.bytes), error,
-        "yes" if layer.changed else "",
-    ]  # fmt: skip
+    weight, activation, kernel = "skip", "skip", "full precision"
+    if layer.bits is not None:
+        weight, kernel = str(layer.bits.weight), layer.kernel
+        activation = "float" if layer.bits.activation == FLOAT else str(layer.bits.activation)
+    changed = "yes" if layer.changed else ""
+    return [words.layer(layer.layer), weight, activation, words.size(layer.bytes), error, layer.role, kernel, changed]

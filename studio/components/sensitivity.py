@@ -105,9 +105,13 @@ def chart(view: ScanView, bits: Any, error: Any, order: Any, log_y: Any) -> Any:
 def numbers(view: ScanView) -> str:
     """Every layer with both errors and its bytes at every bit-width."""
     bits = view.table.bits
-    over = "".join(f'<th colspan="3">{escape(label)}</th>' for label in bits)
-    under = "<th>prediction</th><th>layer</th><th>bytes</th>" * len(bits)
-    head = f"<tr><th>layer</th><th>role</th><th>shape</th>{over}</tr><tr><th></th><th></th><th></th>{under}</tr>"
+    names = [
+        "layer",
+        "role",
+        "shape",
+        *(f"{label} {what}" for label in bits for what in ("prediction", "layer", "bytes")),
+    ]
+    head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
     rows = []
     for layer in view.table.layers:
         shape = f"{layer.out_features} x {layer.in_features}"

@@ -55,14 +55,15 @@ def build(strip: gr.HTML, problem: gr.HTML) -> LayersPage:
         )  # fmt: skip
         count = gr.Slider(
             1, scans.MOST_PROMPTS, scans.DEFAULT_PROMPTS, step=1, label="Prompts to measure on", elem_id="scan-prompts",
-            interactive=True, min_width=200,
+            interactive=True, min_width=240,
         )  # fmt: skip
     with gr.Row(elem_classes="tr-choose"):
         scan = gr.Button("Scan", variant="primary", elem_id="run-scan", min_width=110, elem_classes="tr-act")
         cancel = gr.Button("Cancel", elem_id="cancel-scan", min_width=90, elem_classes="tr-act")
-    stored = gr.Dropdown(
-        [], label="Stored scan", elem_id="stored-scan", interactive=True, filterable=False, visible=False
-    )
+    with gr.Row(elem_classes="tr-choose"):
+        stored = gr.Dropdown(
+            [], label="Stored scan", elem_id="stored-scan", interactive=True, filterable=False, visible=False
+        )
     empty, note = gr.HTML(elem_id="scan-empty"), gr.HTML(elem_id="scan-note")
     found = sensitivity.build()
     return LayersPage(strip, problem, method, bits, count, scan, cancel, stored, empty, note, found, widgets.build())

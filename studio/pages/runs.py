@@ -165,6 +165,10 @@ def metrics_table(run: StoredRun) -> str:
             f"Attention of both guidance branches, mean over blocks and steps: relative output error {error:.3f}, "
             f"map cosine {cosine:.3f}. The Guidance page draws it block by block.", "info",
         )  # fmt: skip
+    scan = run.report.get("sensitivity")
+    if isinstance(scan, dict) and scan.get("layers"):
+        said = f"{len(scan['layers'])} layers, each quantized alone to {', '.join(scan.get('bits') or ())}."
+        return html.notice(f"{said} The Layers page draws them.", "info")
     if run.state == "done":
         return html.notice("This run measured no recipe; what it left is stored and will be used again.", "info")
     return html.notice("This run ended before it measured anything.", "info")

@@ -163,7 +163,9 @@ class Edits:
         every = list(self._plan(edit, edit.base).layers)
         rules = [one for (rule, parent), members in wanted.items() for one in _covering(rule, parent, members, every)]
         skipped = sum(to is None for to in edit.changes.values())
-        said = f"{edit.base.name} with other bits for {len(edit.changes) - skipped} layers and {skipped} in full precision."
+        counts = ((len(edit.changes) - skipped, "with other bits"), (skipped, "in full precision"))
+        told = " and ".join(f"{count} layer{'s' * (count != 1)} {what}" for count, what in counts if count)
+        said = f"{edit.base.name}, {told}."
         return replace(edit.base, rules=(*rules, *edit.base.rules), name=f"{edit.base.name}-edited", description=said)
 
     def _base_rows(self, edit: Edit) -> list[Any]:

@@ -163,7 +163,7 @@ def form_of_spec(spec: RunSpec, saved: Collection[Recipe] = ()) -> dict[str, Any
     if method is not None:
         values["method"] = method
     if len(quantized) > 1 and (baseline := _method_of(quantized[0].name, kept)) is not None:
-        values["baseline"] = baseline
+        values |= {} if baseline == method else {"baseline": baseline}
     named = [recipe for recipe in reversed(quantized) if split_name(recipe.name)[0] in METHODS]
     for rule in (recipe.rules[0] for recipe in named[:1]):
         if rule.weight and rule.activation:

@@ -111,7 +111,7 @@ def all_facts(weight_bits: Any, activation_bits: Any) -> list[MethodFacts]:
 
 def facts_of_saved(recipe: Recipe) -> MethodFacts:
     """A recipe of the visitor's own."""
-    description = recipe.description or "A saved recipe."
+    description = f"{recipe.description} It has its own bits and time groups.".strip()
     return MethodFacts(
         recipe.name, recipe.name, description, "saved recipe", "", is_simulated(recipe), calibration_words(recipe)
     )

@@ -86,7 +86,7 @@ def test_scan_change_save_and_choose(visit: Open, fake_url: str, screenshots: Pa
     page.wait_for_selector(f"#plan >> text={name}")
     open_sidebar(page)
     assert page.locator("#method input").input_value() == f"{name} (saved recipe)"
-    assert "other bits" in page.locator("#method-line").inner_text()
+    assert "1 layer in full precision" in page.locator("#method-line").inner_text()
     page.locator("#compare").click()
     page.wait_for_selector("#strip .tr-strip.done >> text=It is kept under Runs")
     assert name in page.locator(".tr-head b").all_inner_texts()

@@ -209,7 +209,11 @@ class _FakeRun:
                           "recipe": recipe.name, "eta_seconds": (len(LAYERS) - done) * self.runs.pace})  # fmt: skip
             write_scan(self.folder, self.spec, [(name, role_of(name)) for name in LAYERS], self.spec.bits[: index + 1])
             self.say({"kind": "stage", "stage": "measure", "label": f"layers alone at {label}", "recipe": recipe.name})
-        return {"command": "sensitivity", "recipes": {}, "sensitivity": {"bits": list(self.spec.bits)}}
+        return {
+            "command": "sensitivity",
+            "recipes": {},
+            "sensitivity": {"bits": list(self.spec.bits), "layers": list(LAYERS)},
+        }
 
     def _report(self) -> dict[str, Any]:
         recipes: dict[str, Any] = {}

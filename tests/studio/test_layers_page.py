@@ -18,7 +18,7 @@ from studio.pages import compare, layers, runs
 from studio.pages.editing import Handlers
 from studio.pages.layers import _Handlers
 from studio.services import methods, scans
-from studio.services.form import Form
+from studio.services.form import Form, form_of_spec
 from tests.studio.fake_core import LAYERS, FakeCore
 from trdq_core.errors import ModelError
 from trdq_core.presets import make_recipe
@@ -74,7 +74,7 @@ def test_a_scan_reports_layers_and_ends_with_its_chart(scanning: _Handlers, core
     assert [trace.name for trace in figure.data] == ["self_q", "cross_q", "mlp_in"]
     assert sum(len(trace.x) for trace in figure.data) == COUNT
     assert figure.layout.xaxis.categoryarray[0] == "blocks.0.attn1.to_q"
-    assert last[page.result.numbers].count("<tr>") == COUNT + 2
+    assert last[page.result.numbers].count("<tr>") == COUNT + 1
     assert "sensitivity --spec" in last[page.result.command]
 
 
@@ -110,17 +110,17 @@ def test_the_plan_opens_changes_and_is_saved_as_a_method(
     asked = values(dataclasses.replace(form, method="rtn", baseline="tr-dq"))
     first = plan.show(None, run, *asked)
     assert len(first[page.table]) == COUNT
-    assert first[page.table][0][2:4] == ["4", "8"]
+    assert first[page.table][0][1:3] == ["4", "8"]
     edit = first[page.edit]
     clicked = plan.pick(SimpleNamespace(row_value=first[page.table][0]), edit, [])  # type: ignore[arg-type]
     assert clicked == [LAYERS[0]]
     assert plan.pick(SimpleNamespace(row_value=first[page.table][0]), edit, clicked) == []  # type: ignore[arg-type]
     skipped = plan.skip(edit, run, clicked, *asked)
-    assert skipped[page.table][0][2:5] == ["skip", "skip", "full precision"]
+    assert skipped[page.table][0][1:3] == ["skip", "skip"]
     assert "1 skipped" in skipped[page.totals] and skipped[page.totals] != first[page.totals]
     assert "save the recipe" in skipped[page.command]
     wider = plan.set_bits(skipped[page.edit], run, ["role:mlp_in"], 8, 8, *asked)
-    assert wider[page.table][2][2] == "8"
+    assert wider[page.table][2][1] == "8"
     saved = plan.save(wider[page.edit], run, "my-plan", *asked)
     assert "Saved as my-plan:" in saved[page.saved]
     assert Recipe.from_json(Path(saved[page.file].value["path"]).read_text()).name == "my-plan"
@@ -132,9 +132,9 @@ def test_the_plan_opens_changes_and_is_saved_as_a_method(
     assert used[plan.controls.method].value == "saved:my-plan"
     assert plan.tabs is not None and used[plan.tabs].selected == "compare"
     again = plan.start("saved:my-plan", run, *asked)
-    assert [row[2:4] for row in again[page.table]] == [row[2:4] for row in wider[page.table]]
+    assert [row[1:3] for row in again[page.table]] == [row[1:3] for row in wider[page.table]]
     back = plan.set_bits(again[page.edit], run, clicked, 4, 8, *asked)
-    assert back[page.table][0][2:4] == ["4", "8"], "what a saved recipe skips can be quantized again"
+    assert back[page.table][0][1:3] == ["4", "8"], "what a saved recipe skips can be quantized again"
     undone = plan.undo(wider[page.edit], run, [], *asked)
     assert undone[page.table] == first[page.table]
 
@@ -142,7 +142,7 @@ def test_the_plan_opens_changes_and_is_saved_as_a_method(
 def test_a_budget_fills_the_table_and_shows_its_command(scanning: _Handlers, plan: Handlers, form: Form) -> None:
     page, run = plan.page, scan(scanning, form)
     found = plan.fit("0.2", run, *values(form))
-    assert {row[2] for row in found[page.table]} == {"4", "8"}
+    assert {row[1] for row in found[page.table]} == {"4", "8"}
     assert "budget --sensitivity" in found[page.command] and "--recipe-file plan.json" in found[page.command]
     assert "sum over the layers" in found[page.totals]
     for budget, sentence in (("", "it is empty"), ("12", "the smallest choice takes"), ("soon", "got &#x27;soon")):
@@ -213,3 +213,11 @@ def test_a_scan_that_was_stopped_says_so(scanning: _Handlers, studio: Studio, fo
     table = dataclasses.replace(view.table, about=about)
     assert "bit-widths are missing" in sensitivity.about(view._replace(table=table))
     assert scans.when("20261121-081500-sensitivity-abcd") == "2026-11-21 08:15"
+
+
+def test_the_runs_page_says_where_a_scan_is_drawn(scanning: _Handlers, studio: Studio, form: Form) -> None:
+    run = studio.runs.open(scan(scanning, form))
+    assert run is not None and run.spec is not None
+    assert f"{COUNT} layers, each quantized alone to W8A8, W4A8" in runs.metrics_table(run)
+    values_of = form_of_spec(run.spec)
+    assert values_of["method"] == "rtn" and "baseline" not in values_of, "a method is not its own baseline"
