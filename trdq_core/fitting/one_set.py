@@ -171,13 +171,15 @@ def _with_low_rank(
     )  # fmt: skip
     matrix = transform.apply(torch.eye(inputs.shape[1], dtype=torch.float64))
     down = (branch.down.double() @ matrix.T).float()
-    names = list(transformed)
-    return FittedSet(
-        transform,
-        dict(zip(names, branch.weights, strict=True)),
-        low_rank_down=down,
-        low_rank_up=dict(zip(names, branch.ups, strict=True)),
-    )
+    ups = dict(zip(transformed, branch.ups, strict=True))
+    grids: dict[str, WeightGrid] = {}
+    if group.rule.rounding == "adaround":
+        grids = {
+            name: fit_grid(weight - ups[name].double() @ branch.down.double(), spec, layer=name)
+            for name, weight in transformed.items()
+        }
+    weights = dict(zip(transformed, branch.weights, strict=True))
+    return FittedSet(transform, weights, low_rank_down=down, low_rank_up=ups, grids=grids)
 
 
 def _quick_error(group: InputGroup, transform: InputTransform, weights: Mapping[str, Tensor], rows: Tensor) -> float:

@@ -184,7 +184,7 @@ class ReconstructionSpec(Spec):
 
     unit: Literal["layer", "block"] = "block"
     temporal_block: bool = False
-    iterations: int = 500
+    iterations: int = 200
     batch: int = 16
     learning_rate: float = 0.03
     round_weight: float = 1e-3
