@@ -237,3 +237,15 @@ def test_a_budget_fills_the_plan_and_refuses_in_one_sentence(studio: Studio, for
 def test_the_comparison_of_a_plan_leaves_an_equal_baseline_out(form: Form) -> None:
     spec = plain_comparison(form, make_recipe("rtn", weight_bits=4, activation_bits=8))
     assert [recipe.name for recipe in spec.recipes] == ["fp", "rtn-w4a8"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"groups": 4, "storage": "resident"}, {"group_kind": "per_step"}, {"group_kind": "edges", "edges": "250, 500"},
+        {"method": "quarot", "baseline": "tr-dq", "groups": 2}, {"method": "rtn-mse", "weight_bits": 3},
+    ],
+)  # fmt: skip
+def test_the_command_compares_the_same(form: Form, change: dict[str, Any]) -> None:
+    spec = compare_spec(dataclasses.replace(form, **change))
+    assert spec_from(vars(build_parser().parse_args(shlex.split(commands.compare(spec, {}))[3:]))) == spec
