@@ -6,7 +6,10 @@ from dataclasses import dataclass
 
 from studio.jobs import Worker
 from studio.services.core import Core
+from studio.services.edits import Edits
 from studio.services.plans import Plans
+from studio.services.recipes import SavedRecipes
+from studio.services.scans import Scans
 from studio.services.similarity import Similarities
 from studio.services.statistics import Statistics
 from studio.services.stored import StoredRuns
@@ -22,8 +25,15 @@ class Studio:
     runs: StoredRuns
     statistics: Statistics
     similarities: Similarities
+    scans: Scans
+    recipes: SavedRecipes
+    edits: Edits
 
     @classmethod
     def over(cls, core: Core) -> Studio:
         """A studio over a core."""
-        return cls(core, Worker(), Plans(core), StoredRuns(core), Statistics(core), Similarities(core))
+        plans = Plans(core)
+        return cls(
+            core, Worker(), plans, StoredRuns(core), Statistics(core), Similarities(core), Scans(core), SavedRecipes(core),
+            Edits(plans),
+        )  # fmt: skip

@@ -15,6 +15,16 @@ COLUMN_COLOURS = (REFERENCE, BASELINE, CHOSEN)
 BEFORE, AFTER = "#d97706", "#0d9488"
 OTHERS = ("#7c6cd6", "#2f8fd0", "#c2558f")  # recipes without a column
 LIMIT = "#e05a1f"
+# One hue for each part of a block, its layers from dark to light.
+ROLE_COLOURS = {
+    "self_q": "#0e7c72", "self_k": "#12a596", "self_v": "#4bbfb2", "self_out": "#93dcd3",
+    "cross_q": "#a85d08", "cross_k": "#cc7a14", "cross_v": "#e09a3e", "cross_out": "#f0c78c",
+    "mlp_in": "#6f5fd0", "mlp_out": "#9b8ee6",
+    "temporal_q": "#97406b", "temporal_k": "#a8487a", "temporal_v": "#c9719d", "temporal_out": "#e2a5c3",
+    "temporal_mlp_in": "#1f6aa5", "temporal_mlp_out": "#6aaede",
+}  # fmt: skip
+BAR_PITCH = 14  # px between the layers of a bar chart
+FEW_BARS = 18  # that many fit on any screen
 DASHES = ("solid", "dash", "dot", "dashdot")
 FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
 MOST_CHANNELS = 768  # rows of a heatmap; more are merged by their largest value
@@ -162,6 +172,35 @@ def block_lines(
             annotation={"text": f"threshold {threshold:g}", "font": {"color": LIMIT, "size": 12}},
             annotation_position="top left",
         )  # fmt: skip
+    return figure
+
+
+def layer_bars(bars: Sequence[tuple[str, str, float]], *, title: str, log_y: bool) -> go.Figure:
+    """One bar a layer, (name, role, value) in the order given, in the colour of its role; wide enough to read the names."""
+    figure = go.Figure()
+    for role in dict.fromkeys(role for _, role, _ in bars):
+        own = [(name, value) for name, of, value in bars if of == role]
+        figure.add_trace(
+            go.Bar(
+                x=[name for name, _ in own],
+                y=[value if value > 0 or not log_y else None for _, value in own],
+                name=role,
+                marker={"color": ROLE_COLOURS.get(role, REFERENCE), "line": {"width": 0}},
+                hovertemplate=f"%{{x}} ({role}): %{{y:.3g}}<extra></extra>",
+            )
+        )
+    figure.update_layout(**_layout(title, "", "squared error / squared output", 460))
+    figure.update_layout(
+        barmode="stack", bargap=0.2, hovermode="closest", showlegend=True, margin={"t": 96, "b": 20, "r": 8},
+        legend={"traceorder": "normal"},
+    )  # fmt: skip
+    if len(bars) > FEW_BARS:  # wider than a phone: the page scrolls the chart, not itself
+        figure.update_layout(autosize=False, width=90 + BAR_PITCH * len(bars))
+    figure.update_xaxes(
+        type="category", categoryorder="array", categoryarray=[name for name, _, _ in bars], tickangle=-90, tickfont={"size": 10},
+        tickmode="array", tickvals=[name for name, _, _ in bars],
+    )  # fmt: skip
+    figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power")
     return figure
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 import gradio as gr
 
+from studio.components import methods as lines
 from studio.services import form as forms
-from studio.services import prompts, sharing
+from studio.services import methods, prompts, sharing
 from studio.services.form import AppliedPlan, Form
 
 
@@ -32,8 +33,10 @@ class Controls:
     extra_prompts: gr.Slider
     share: gr.Checkbox
     applied: gr.State
+    saved: gr.State
     model_line: gr.HTML
     method_line: gr.HTML
+    baseline_line: gr.HTML
     group_line: gr.HTML
     prices: gr.HTML
     random_seed: gr.Button
@@ -47,7 +50,7 @@ class Controls:
 
     def planned(self) -> list[Any]:
         """The widgets that the plan depends on."""
-        left_out = ("prompt", "extra_prompts", "baseline", "edges", "share", "applied")
+        left_out = ("prompt", "extra_prompts", "baseline", "edges", "share", "applied", "saved")
         return [getattr(self, name) for name in Form.names() if name not in left_out]
 
 
@@ -63,10 +66,12 @@ def build(models: list[tuple[str, str]]) -> Controls:
         _group_widgets, [controls.group_kind, controls.groups], [controls.groups, controls.edges, controls.group_line],
         queue=False, show_progress="hidden", api_visibility="private",
     )  # fmt: skip
-    controls.method.change(
-        lambda name: _line(forms.method_line(name)), controls.method, controls.method_line,
-        queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+    for chosen, line in ((controls.method, controls.method_line), (controls.baseline, controls.baseline_line)):
+        depends = [chosen, controls.weight_bits, controls.activation_bits, controls.saved]
+        gr.on(
+            [widget.change for widget in depends], _method_line, depends, line,
+            queue=False, show_progress="hidden", api_visibility="private",
+        )  # fmt: skip
     return controls
 
 
@@ -86,14 +91,14 @@ def _subject(models: list[tuple[str, str]]) -> dict[str, Any]:
 
 def _quantization() -> dict[str, Any]:
     gr.HTML('<h3 class="tr-section">Quantization</h3>')
-    with gr.Row(elem_classes="tr-pair"):
-        method = gr.Dropdown(
-            forms.METHOD_CHOICES, value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
-        )
-        baseline = gr.Dropdown(
-            forms.BASELINE_CHOICES, value="rtn", label="Baseline", elem_id="baseline", interactive=True, min_width=100
-        )
-    method_line = gr.HTML(_line(forms.method_line("tr-dq")))
+    method = gr.Dropdown(
+        methods.method_choices(), value="tr-dq", label="Method", elem_id="method", interactive=True, min_width=100
+    )
+    method_line = gr.HTML(_method_line("tr-dq", 4, 8, ()), elem_id="method-line")
+    baseline = gr.Dropdown(
+        methods.baseline_choices(), value="rtn", label="Baseline", elem_id="baseline", interactive=True, min_width=100
+    )
+    baseline_line = gr.HTML(_method_line("rtn", 4, 8, ()), elem_id="baseline-line")
     with gr.Row(elem_classes="tr-pair"):
         weight_bits = gr.Radio(
             forms.BITS_CHOICES,
@@ -126,10 +131,11 @@ def _quantization() -> dict[str, Any]:
         elem_classes="tr-segments",
     )  # fmt: skip
     return {
-        "method": method, "baseline": baseline, "method_line": method_line,
+        "method": method, "baseline": baseline, "method_line": method_line, "baseline_line": baseline_line,
         "weight_bits": weight_bits, "activation_bits": activation_bits,
         "group_kind": group_kind, "group_line": group_line, "groups": groups, "edges": edges, "storage": storage,
         "prices": gr.HTML(elem_id="prices"), "share": share_box(None), "applied": gr.State(None),
+        "saved": gr.State(()),
     }  # fmt: skip
 
 
@@ -163,6 +169,23 @@ def share_box(applied: AppliedPlan | None, ticked: bool = False) -> gr.Checkbox:
     return gr.Checkbox(
         ticked and applied is not None, label=label, interactive=applied is not None, elem_id="share", container=False
     )
+
+
+def offer(controls: Controls, recipes: tuple[Any, ...], **values: Any) -> dict[Any, Any]:
+    """The updates that offer saved recipes as methods; `values` may choose a method or a baseline."""
+    return {
+        controls.saved: recipes,
+        controls.method: _choose(methods.method_choices(recipes), values.get("method")),
+        controls.baseline: _choose(methods.baseline_choices(recipes), values.get("baseline")),
+    }
+
+
+def _method_line(method: Any, weight_bits: Any, activation_bits: Any, saved: tuple[Any, ...]) -> str:
+    return lines.line(methods.chosen_facts(method, weight_bits, activation_bits, saved))
+
+
+def _choose(choices: list[tuple[str, str]], value: Any) -> gr.Dropdown:
+    return gr.Dropdown(choices=choices) if value is None else gr.Dropdown(choices=choices, value=value)
 
 
 def _line(text: str) -> str:

@@ -16,6 +16,8 @@ STAGE_TITLES = {
     "measure": "Measure", "attention": "Attention",
 }  # fmt: skip
 
+PART_OF = {"observe": "fit", "reconstruct": "fit"}  # stages that only some methods have
+
 
 def header(facts: MachineFacts, backend: str, jobs: int, running: str) -> str:
     """The strip at the top: what this machine is and how busy it is."""
@@ -189,7 +191,7 @@ def _level(value: float) -> str:
 
 
 def _stage(name: str, now: str) -> str:
-    state = "now" if name == now else ""
+    state = "now" if name == PART_OF.get(now, now) else ""
     return f'<span class="{state}">{STAGE_TITLES[name]}</span>'
 
 

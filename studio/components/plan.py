@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
 from studio.components import words
 from studio.components.html import notice
 from studio.services.form import STORAGE_LINES
+from studio.services.methods import is_simulated
 from studio.services.plans import PlanView
 from studio.services.statistics import title
 
@@ -19,9 +21,6 @@ def totals(view: PlanView) -> str:
     plan = view.plan
     quantized = [layer for layer in plan.layers if layer.action == "quantize"]
     kept = len(plan.layers) - len(quantized)
-    simulated = sum(1 for layer in quantized if layer.simulated)
-    kernels = sorted({layer.kernel for layer in quantized if not layer.simulated})
-    arithmetic = "simulated" if quantized and simulated == len(quantized) else ", ".join(kernels) or "–"
     share = words.times(plan.weight_bytes, plan.fp_bytes)
     cells = (
         ("Recipe", view.recipe.name, f"{words.plural(len(quantized), 'layer')} quantized, {kept} kept"),
@@ -30,7 +29,7 @@ def totals(view: PlanView) -> str:
         ("Effective bits", f"{plan.effective_bits:.2f}", "a weight, scales included"),
         ("On the device", words.size(plan.resident_bytes), f"storage: {view.recipe.storage}"),
         ("On disk", words.size(plan.disk_bytes) if plan.disk_bytes else "none", _sets(quantized)),
-        ("Arithmetic", arithmetic, "speed is not measured" if simulated else "real integer kernels"),
+        ("Arithmetic", *arithmetic(view.recipe, quantized)),
     )
     body = "".join(
         f'<div class="tr-card"><dt>{name}</dt><dd>{escape(value)}</dd><small>{escape(tail)}</small></div>'
@@ -38,6 +37,16 @@ def totals(view: PlanView) -> str:
     )
     notes = "".join(f'<p class="tr-small tr-note">{escape(_sentence(str(text)))}</p>' for text in plan.notes)
     return f'<div class="tr-cards tr-plan">{body}</div>{calibration_line(view)}{notes}'
+
+
+def arithmetic(recipe: Any, quantized: Sequence[Any]) -> tuple[str, str]:
+    """The kernels of a recipe, or what of it is simulated; one part is enough for its time to say nothing."""
+    simulated = sum(1 for layer in quantized if layer.simulated)
+    if simulated or is_simulated(recipe):
+        parts = [f"{simulated} of {words.plural(len(quantized), 'layer')}"] if simulated else []
+        parts += ["attention products"] if recipe.attention is not None else []
+        return "simulated", f"{' and '.join(parts)}; speed is not measured"
+    return ", ".join(sorted({layer.kernel for layer in quantized})) or "–", "real integer kernels"
 
 
 def _sentence(text: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from studio import plots
-from studio.services.form import METHOD_TITLES
+from studio.services.methods import split_name, title_of_method
 from studio.services.sharing import SUFFIX
 from studio.services.stored import StoredRun
 
@@ -36,8 +36,8 @@ def title_of(name: str, facts: dict[str, Any]) -> str:
         return f"{title_of(name.removesuffix(SUFFIX), facts)} + sharing"
     if name == "fp":
         return str(facts.get("label") or "Full precision")
-    method, _, bits = name.rpartition("-")
-    return f"{METHOD_TITLES.get(method, method)} {bits.upper()}" if method else name
+    method, bits = split_name(name)
+    return f"{title_of_method(method)} {bits}" if bits else name
 
 
 def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:

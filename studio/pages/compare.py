@@ -8,13 +8,14 @@ from typing import Any
 
 import gradio as gr
 
-from studio.components import html, plan, result
+from studio.components import html, methods, plan, result
 from studio.components.controls import Controls
 from studio.context import Studio
 from studio.jobs import Job, explain
 from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, refuse, strip_of, submit
 from studio.services import models
 from studio.services.form import Form, RunSpec, calibrate_spec, compare_spec, profile_spec
+from studio.services.methods import all_facts
 from studio.state import LiveRun, Progress
 
 Updates = dict[Any, Any]
@@ -30,6 +31,7 @@ class ComparePage:
     problem: gr.HTML
     summary: gr.HTML
     table: gr.HTML
+    methods: gr.HTML
     result: result.ResultView
     saved: gr.BrowserState
 
@@ -44,7 +46,18 @@ def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> ComparePa
     summary = gr.HTML(plan.LOADING, elem_id="plan")
     with gr.Accordion("Plan, layer by layer", open=False, elem_id="plan-layers"):
         table = gr.HTML()
-    return ComparePage(strip, problem, summary, table, result.build(), saved)
+    with gr.Accordion("All methods", open=False, elem_id="all-methods"):
+        listed = gr.HTML(methods_table(4, 8))
+    return ComparePage(strip, problem, summary, table, listed, result.build(), saved)
+
+
+def methods_table(weight_bits: Any, activation_bits: Any) -> Any:
+    """Every method at the chosen bits; as it was for bits that no method takes."""
+    try:
+        return methods.table(all_facts(weight_bits, activation_bits), f"W{weight_bits}A{activation_bits}")
+    except Exception as error:
+        explain(error)
+        return gr.skip()
 
 
 def wire(studio: Studio, controls: Controls, page: ComparePage, header: gr.HTML, header_now: Callable[[], str]) -> None:
@@ -61,6 +74,8 @@ def wire(studio: Studio, controls: Controls, page: ComparePage, header: gr.HTML,
     # One event for all of them: the page then keeps their order, and the newest plan is the one that stays.
     changes = [widget.change for widget in controls.planned()]
     gr.on([*changes, controls.edges.submit, controls.edges.blur], session.plan, **planned, **quiet)
+    bits = [controls.weight_bits, controls.activation_bits]
+    gr.on([widget.change for widget in bits], methods_table, bits, page.methods, **quiet)
     outputs = [page.strip, page.problem, *page.result.widgets(), page.saved]
     compare = controls.compare.click(session.compare, inputs, outputs, js=CLOSE_SIDEBAR, **JOBS)
     calibrate = controls.calibrate.click(

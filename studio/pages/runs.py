@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from studio.components import html, result
-from studio.components.controls import Controls, share_box
+from studio.components.controls import Controls, offer, share_box
 from studio.context import Studio
 from studio.services import pictures
 from studio.services.form import form_of_spec
@@ -121,11 +121,12 @@ class _Handlers:
         if run is None or run.spec is None:
             raise gr.Error("This run has no settings that can be read.", print_exception=False)
         gr.Success(f"The settings of {run.id} are in the sidebar.")
-        values = form_of_spec(run.spec)
+        saved = self.studio.recipes.all()
+        values = form_of_spec(run.spec, saved)
         values["share"] = share_box(values["applied"], bool(values["share"]))
-        return {getattr(self.controls, name): value for name, value in values.items()} | {
-            self.tabs: gr.Tabs(selected="compare")
-        }
+        chosen = {name: values.pop(name, None) for name in ("method", "baseline")}
+        updates = {getattr(self.controls, name): value for name, value in values.items()}
+        return updates | offer(self.controls, saved, **chosen) | {self.tabs: gr.Tabs(selected="compare")}
 
 
 def table_of(studio: Studio) -> tuple[str, list[list[str]]]:
@@ -164,6 +165,10 @@ def metrics_table(run: StoredRun) -> str:
             f"Attention of both guidance branches, mean over blocks and steps: relative output error {error:.3f}, "
             f"map cosine {cosine:.3f}. The Guidance page draws it block by block.", "info",
         )  # fmt: skip
+    scan = run.report.get("sensitivity")
+    if isinstance(scan, dict) and scan.get("layers"):
+        said = f"{len(scan['layers'])} layers, each quantized alone to {', '.join(scan.get('bits') or ())}."
+        return html.notice(f"{said} The Layers page draws them.", "info")
     if run.state == "done":
         return html.notice("This run measured no recipe; what it left is stored and will be used again.", "info")
     return html.notice("This run ended before it measured anything.", "info")

@@ -97,7 +97,7 @@ class Handlers:
             if not plan.spec.active:
                 return self._without()
             applied = AppliedPlan(view.model, plan.spec)
-            command = sharing.compare_command(replace(form, share=True, applied=applied))
+            command = sharing.compare_command(replace(form, share=True, applied=applied), self.studio.recipes.files())
             again = sharing.measure_command(self.studio.runs.open(view.id), plan.spec)
             path = sharing.plan_file(plan.spec)
         except Exception as error:

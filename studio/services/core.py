@@ -1,4 +1,4 @@
-"""The core as the studio sees it: four modules, imported when first used so that the page is up before torch is."""
+"""The core as the studio sees it: five modules, imported when first used so that the page is up before torch is."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ class Core(Protocol):
     @property
     def timegroups(self) -> Any:
         """`trdq_core.timegroups` or what stands in for it."""
+
+    @property
+    def budget(self) -> Any:
+        """`trdq_core.budget` or what stands in for it."""
 
     def backend_label(self) -> str:
         """The kernels that run here in a few words; "loading" until it is known."""
@@ -84,6 +88,11 @@ class InstalledCore:
     def timegroups(self) -> Any:
         """`trdq_core.timegroups`; importing it loads torch."""
         return importlib.import_module("trdq_core.timegroups")
+
+    @cached_property
+    def budget(self) -> Any:
+        """`trdq_core.budget`; importing it loads torch."""
+        return importlib.import_module("trdq_core.budget")
 
 
 def warm_up(core: InstalledCore) -> threading.Thread:

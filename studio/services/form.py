@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import math
 import secrets
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from studio.services import prompts
+from studio.services.methods import SAVED_PREFIX, saved_name, title_of_method
+from trdq_core.bitwidths import split_name
 from trdq_core.errors import RecipeError
 from trdq_core.presets import METHODS, make_recipe, with_sharing
 from trdq_core.specs import (
@@ -26,15 +29,6 @@ from trdq_core.specs import (
 )
 
 DEFAULT_MODEL = "pocket-image"
-METHOD_TITLES = {
-    "rtn": "RTN",
-    "rtn-static": "RTN static",
-    "smoothquant": "SmoothQuant",
-    "vidit-q": "ViDiT-Q",
-    "tr-dq": "TR-DQ",
-}
-METHOD_CHOICES = [(METHOD_TITLES.get(name, name), name) for name in reversed(METHODS) if name != "fp"]
-BASELINE_CHOICES = [(METHOD_TITLES.get(name, name), name) for name in METHODS if name not in ("fp", "tr-dq")]
 GROUP_KIND_CHOICES = [("Uniform", "uniform"), ("Edges", "edges"), ("Per step", "per_step")]
 STORAGE_CHOICES = [(mode.capitalize(), mode) for mode in STORAGE_MODES]
 BITS_CHOICES = sorted(WEIGHT_BITS)
@@ -74,6 +68,7 @@ class Form:
     extra_prompts: Any = 0
     share: Any = False
     applied: Any = None  # an AppliedPlan, kept on the server
+    saved: Any = ()  # the saved recipes, kept on the server
 
     @classmethod
     def names(cls) -> list[str]:
@@ -94,7 +89,7 @@ def chosen_recipe(form: Form) -> Recipe:
 def baseline_recipe(form: Form) -> Recipe:
     """The recipe of the baseline at the same bits; RecipeError if it is the chosen method itself."""
     if form.baseline == form.method:
-        title = METHOD_TITLES.get(str(form.method), str(form.method))
+        title = saved_name(form.method) or title_of_method(str(form.method))
         raise RecipeError(f"baseline: {title} is also the chosen method; choose another baseline to compare it with.")
     return _recipe(form, str(form.baseline))
 
@@ -104,6 +99,12 @@ def compare_spec(form: Form) -> RunSpec:
     prompt = check_prompt(str(form.prompt or ""))
     extra = whole("also measure on", form.extra_prompts, 0, MOST_EXTRA_PROMPTS)
     return run_spec(form, "compare", _compared(form), (prompt, *prompts.evaluation(extra, prompt)))
+
+
+def plain_comparison(form: Form, recipe: Recipe) -> RunSpec:
+    """Full precision, the baseline and a recipe with the form's settings, on the command's own prompts."""
+    first = tuple(baseline for baseline in (_recipe(form, str(form.baseline)),) if baseline.name != recipe.name)
+    return run_spec(form, "compare", (make_recipe("fp"), *first, recipe), ())
 
 
 def profile_spec(form: Form) -> RunSpec:
@@ -135,12 +136,6 @@ def random_seed() -> int:
     return secrets.randbelow(100_000)
 
 
-def method_line(name: Any) -> str:
-    """What a method does and where it was published."""
-    method = METHODS.get(str(name))
-    return f"{method.description} ({method.source})" if method and method.source else ""
-
-
 def group_span(kind: Any, groups: Any) -> str:
     """One line that says what the chosen groups are."""
     if kind == "per_step":
@@ -150,8 +145,8 @@ def group_span(kind: Any, groups: Any) -> str:
     return "Equal spans of the model's timesteps, each with its own transform."
 
 
-def form_of_spec(spec: RunSpec) -> dict[str, Any]:
-    """The controls' values that would make this run again, as far as the controls can say it."""
+def form_of_spec(spec: RunSpec, saved: Collection[Recipe] = ()) -> dict[str, Any]:
+    """The controls' values that would make this run again, as far as the controls and the `saved` recipes can say it."""
     values: dict[str, Any] = {
         "model": spec.model, "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
     }  # fmt: skip
@@ -163,16 +158,32 @@ def form_of_spec(spec: RunSpec) -> dict[str, Any]:
     quantized = [recipe for recipe in quantized if recipe.sharing is None] or quantized
     if not quantized:
         return values
-    chosen = quantized[-1]
-    method, rule = chosen.name.rpartition("-w")[0], chosen.rules[0]
-    if method in METHODS and rule.weight and rule.activation:
-        values |= {"method": method, "weight_bits": rule.weight.bits, "activation_bits": rule.activation.bits}
-    values |= {"group_kind": chosen.time.kind, "groups": chosen.time.count, "storage": chosen.storage}
-    values["edges"] = ", ".join(f"{edge:g}" for edge in chosen.time.edges)
-    baseline = quantized[0].name.rpartition("-w")[0]
-    if len(quantized) > 1 and baseline in {name for _, name in BASELINE_CHOICES}:
-        values["baseline"] = baseline
-    return values
+    chosen, kept = quantized[-1], {recipe.name for recipe in saved}
+    method = _method_of(chosen.name, kept)
+    if method is not None:
+        values["method"] = method
+    if len(quantized) > 1 and (baseline := _method_of(quantized[0].name, kept)) is not None:
+        values |= {} if baseline == method else {"baseline": baseline}
+    named = [recipe for recipe in reversed(quantized) if split_name(recipe.name)[0] in METHODS]
+    for rule in (recipe.rules[0] for recipe in named[:1]):
+        if rule.weight and rule.activation:
+            values |= {"weight_bits": rule.weight.bits, "activation_bits": rule.activation.bits}
+    grouped = next((recipe for recipe in named if METHODS[split_name(recipe.name)[0]].time_grouped), None)
+    return values | (_times(grouped) if grouped else {})
+
+
+def _method_of(recipe: str, saved: Collection[str]) -> str | None:
+    """What a dropdown calls the method of a recipe: its own name, or a saved recipe; nothing for any other."""
+    method, bits = split_name(recipe)
+    if bits is not None and method in METHODS:
+        return method
+    return SAVED_PREFIX + recipe if recipe in saved else None
+
+
+def _times(recipe: Recipe) -> dict[str, Any]:
+    """The controls' values for a recipe's time groups."""
+    edges = ", ".join(f"{edge:g}" for edge in recipe.time.edges)
+    return {"group_kind": recipe.time.kind, "groups": recipe.time.count, "storage": recipe.storage, "edges": edges}
 
 
 def shared(form: Form, recipes: tuple[Recipe, ...], applied: AppliedPlan) -> tuple[Recipe, ...]:
@@ -199,6 +210,9 @@ def _compared(form: Form) -> tuple[Recipe, ...]:
 
 
 def _recipe(form: Form, method: str) -> Recipe:
+    name = saved_name(method)
+    if name is not None:
+        return _saved_recipe(form, name)
     kind = form.group_kind
     if kind not in TIME_GROUP_KINDS:
         raise RecipeError(f"groups: got the kind {kind!r}; allowed are {', '.join(TIME_GROUP_KINDS)}.")
@@ -217,6 +231,13 @@ def _recipe(form: Form, method: str) -> Recipe:
         edges=edges,
         storage=form.storage,
     )
+
+
+def _saved_recipe(form: Form, name: str) -> Recipe:
+    found = next((recipe for recipe in form.saved or () if recipe.name == name), None)
+    if found is None:
+        raise RecipeError(f"method: there is no saved recipe called {name[:40]!r} any more; choose another method.")
+    return found
 
 
 def run_spec(form: Form, command: Command, recipes: tuple[Recipe, ...], texts: tuple[str, ...]) -> RunSpec:

@@ -39,22 +39,24 @@ class Plans:
         """The plan for a form; TRDQError if the form cannot be run."""
         recipe, spec = chosen_recipe(form), calibrate_spec(form)
         models.check(self.core, spec.model)
-        plan = self._plan(spec.model, recipe, spec.steps)
+        plan = self.plan_of(spec.model, recipe, spec.steps)
         stored = tuple(self.core.runs.list_calibrations(spec.model))
         fits = self.core.runs.find_calibration(spec)
         return PlanView(recipe, plan, self._prices(form, spec), fits, stored, spec)
 
     def _prices(self, form: Form, spec: RunSpec) -> tuple[tuple[Storage, int, int], ...]:
-        if not METHODS[str(form.method)].time_grouped:
+        method = METHODS.get(str(form.method))
+        if method is None or not method.time_grouped:
             return ()
         prices = []
         for mode in STORAGE_MODES:
             recipe = chosen_recipe(Form(**{**vars(form), "storage": mode}))
-            plan = self._plan(spec.model, recipe, spec.steps)
+            plan = self.plan_of(spec.model, recipe, spec.steps)
             prices.append((mode, int(plan.resident_bytes), int(plan.disk_bytes)))
         return tuple(prices)
 
-    def _plan(self, model: str, recipe: Recipe, steps: int) -> Any:
+    def plan_of(self, model: str, recipe: Recipe, steps: int) -> Any:
+        """The core's plan of a recipe, computed once."""
         key = (model, recipe, steps if recipe.time.kind == "per_step" else 0)
         with self._lock:
             if key not in self._known:

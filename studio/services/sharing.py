@@ -5,16 +5,17 @@ from __future__ import annotations
 import hashlib
 import shlex
 import tempfile
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from studio.services import prompts
+from studio.services import commands, prompts
 from studio.services.form import AppliedPlan, Form, chosen_recipe, compare_spec, run_spec, shared, whole
 from studio.services.stored import StoredRun
 from trdq_core.errors import RecipeError, StorageError
 from trdq_core.presets import make_recipe
-from trdq_core.specs import RunSpec, SharingSpec, TimeGroupSpec, check_prompt
+from trdq_core.specs import RunSpec, SharingSpec, check_prompt
 
 DEFAULT_PROMPTS, MOST_PROMPTS = 4, 32
 SUFFIX = "+sharing"
@@ -90,21 +91,9 @@ def measure_command(run: StoredRun | None, plan: SharingSpec) -> str:
     return " ".join([*words, "--out runs/attention"])
 
 
-def compare_command(form: Form) -> str:
-    """The command that compares as the Compare page would with the applied plan, given plan.json; TRDQError as there."""
-    spec = compare_spec(form)
-    plain = [recipe for recipe in spec.recipes if recipe.sharing is None]
-    words = ["python -m trdq_core compare", f"--model {shlex.quote(spec.model)}"]
-    words.append("--recipes " + ",".join(recipe.name for recipe in plain))
-    chosen = plain[-1]
-    if chosen.time.kind == "edges":
-        words.append("--edges " + ",".join(repr(edge) for edge in chosen.time.edges))
-    elif chosen.time.kind == "per_step":
-        words.append("--group-kind per_step")
-    elif chosen.time.count > 1:
-        words.append(f"--groups {chosen.time.count}")
-    if chosen.time != TimeGroupSpec():
-        words.append(f"--storage {chosen.storage}")
-    words.append(f"--steps {spec.steps} --guidance {spec.guidance!r} --seed {spec.seed}")
-    words += [f"--prompt {shlex.quote(text)}" for text in spec.prompts]
-    return " ".join([*words, "--sharing plan.json"])
+def compare_command(form: Form, files: Mapping[str, Path] | None = None) -> str:
+    """The command that compares as the Compare page would with the applied plan, given plan.json; TRDQError as there.
+
+    `files` are those of saved recipes by name.
+    """
+    return commands.compare(compare_spec(form), files or {}) + " --sharing plan.json"

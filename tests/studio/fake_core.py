@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 import secrets
 import time
@@ -13,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tests.studio.fake_sensitivity import FakeBudget, write_scan
 from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, uniform_groups, write_similarity
-from trdq_core.errors import CalibrationError, Cancelled, ModelError
+from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError
 from trdq_core.specs import Recipe, RunSpec
 
 SIDE = 64
@@ -106,8 +108,9 @@ class FakeRuns:
         if model != "pocket-image":
             raise ModelError(f"model: got {model!r}; known are pocket-image.")
         sets = recipe.time.count if recipe.storage != "shared" else 1
-        rule = recipe.rules[0] if recipe.quantized else None
-        layers = [_layer(name, rule, sets) for name in LAYERS]
+        layers = [_layer(name, rule_of(recipe, name), sets) for name in LAYERS]
+        if recipe.quantized and not any(layer.action == "quantize" for layer in layers):
+            raise RecipeError(f"{recipe.name}: no linear of this model matches a rule; check roles and match patterns.")
         layers.append(_kept("proj_out"))
         packed = sum(layer.weight_bytes for layer in layers)
         total = sum(layer.fp_bytes for layer in layers)
@@ -153,6 +156,8 @@ class _FakeRun:
         try:
             if self.spec.command == "attention":
                 report = self._attention()
+            elif self.spec.command == "sensitivity":
+                report = self._scan()
             else:
                 self._calibrate()
                 report = {"command": self.spec.command, "recipes": {}}
@@ -195,6 +200,20 @@ class _FakeRun:
         means = {"map_cosine": float(made["map_cosine"].mean()), "output_error": float(made["block_error"].mean()),
                  "block_error": made["block_error"].mean(0).tolist()}  # fmt: skip
         return {"command": "attention", "recipes": {}, "similarity": means}
+
+    def _scan(self) -> dict[str, Any]:
+        for index, (label, recipe) in enumerate(zip(self.spec.bits, self.spec.recipes, strict=True)):
+            for done, layer in enumerate(LAYERS):
+                self._pause("measure")
+                self.say({"kind": "progress", "stage": "measure", "done": done + 1, "total": len(LAYERS), "detail": layer,
+                          "recipe": recipe.name, "eta_seconds": (len(LAYERS) - done) * self.runs.pace})  # fmt: skip
+            write_scan(self.folder, self.spec, [(name, role_of(name)) for name in LAYERS], self.spec.bits[: index + 1])
+            self.say({"kind": "stage", "stage": "measure", "label": f"layers alone at {label}", "recipe": recipe.name})
+        return {
+            "command": "sensitivity",
+            "recipes": {},
+            "sensitivity": {"bits": list(self.spec.bits), "layers": list(LAYERS)},
+        }
 
     def _report(self) -> dict[str, Any]:
         recipes: dict[str, Any] = {}
@@ -290,6 +309,7 @@ class FakeCore:
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.runs, self.inspection = FakeRuns(folder, pace), FakeInspection()
         self.similarity = FakeSharing()
+        self.budget = FakeBudget()
         self.timegroups = SimpleNamespace(TimeGroups=FakeTimeGroups, make_groups=uniform_groups)
 
     def backend_label(self) -> str:
@@ -299,15 +319,26 @@ class FakeCore:
         return ""
 
 
+def role_of(name: str) -> str:
+    return {"attn1.to_q": "self_q", "attn2.to_q": "cross_q"}.get(name.split(".", 2)[2], "mlp_in")
+
+
+def rule_of(recipe: Recipe, name: str) -> Any:
+    """The first rule that matches, as the core takes it."""
+    rules = (r for r in recipe.rules if (not r.roles or role_of(name) in r.roles) and fnmatch.fnmatch(name, r.match))
+    rule = next(rules, None)
+    return rule if rule is not None and rule.weight is not None else None
+
+
 def _layer(name: str, rule: Any, sets: int) -> Any:
     fp_bytes = 4 * 384 * 384
-    bits = rule.weight.bits if rule else 32
-    real = rule is not None and (bits, rule.activation.bits) in ((8, 8), (4, 8))
+    if rule is None:
+        return _kept(name)._replace(role=role_of(name), fp_bytes=fp_bytes, weight_bytes=fp_bytes)
+    bits, activation = rule.weight.bits, rule.activation.bits if rule.activation else 16
     return LayerPlan(
-        layer=name, role="self_q", in_features=384, out_features=384, action="quantize" if rule else "keep",
-        reason="" if rule else "full precision", weight_bits=bits, activation_bits=rule.activation.bits if rule else 32,
-        transforms=" > ".join(t.kind for t in rule.transforms) if rule else "", sets=sets,
-        kernel="int4 packed VNNI" if bits == 4 else "int8 oneDNN", simulated=not real, fp_bytes=fp_bytes,
+        layer=name, role=role_of(name), in_features=384, out_features=384, action="quantize", reason="", weight_bits=bits,
+        activation_bits=activation, transforms=" > ".join(t.kind for t in rule.transforms), sets=sets,
+        kernel="int4 packed VNNI" if bits <= 4 else "int8 oneDNN", simulated=not rule.integer, fp_bytes=fp_bytes,
         weight_bytes=fp_bytes * bits // 32 + 1536,
     )  # fmt: skip
 
@@ -315,8 +346,8 @@ def _layer(name: str, rule: Any, sets: int) -> Any:
 def _kept(name: str) -> Any:
     return LayerPlan(
         layer=name, role="final", in_features=384, out_features=16, action="keep",
-        reason="embedders, modulation and the final projection stay in full precision", weight_bits=32,
-        activation_bits=32, transforms="", sets=1, kernel="full precision", simulated=False, fp_bytes=24576,
+        reason="embedders, modulation and the final projection stay in full precision", weight_bits=None,
+        activation_bits=None, transforms="", sets=1, kernel="full precision", simulated=False, fp_bytes=24576,
         weight_bytes=24576,
     )  # fmt: skip
 
@@ -336,10 +367,10 @@ def _metrics(recipe: Recipe, images: list[str], spec: RunSpec) -> dict[str, Any]
     if not recipe.quantized:
         return {"kind": "reference", "label": "FP32", "step_ms": step, "end_to_end_ms": whole, "weight_bytes": size,
                 "effective_bits": 32.0, "kernels": {}, "simulated": False, **common}  # fmt: skip
-    rule = recipe.rules[0]
-    simulated = (rule.weight.bits, rule.activation.bits) not in ((8, 8), (4, 8))
+    rule = next(rule for rule in recipe.rules if rule.weight is not None)
+    simulated = not rule.integer or recipe.attention is not None
     better = 6 if recipe.name.startswith("tr-dq") else 0
-    kernel = {4: "int4 packed VNNI", 8: "int8 oneDNN"}.get(rule.weight.bits, "simulated")
+    kernel = "int4 packed VNNI" if rule.weight.bits <= 4 else "int8 oneDNN"
     return {
         "kind": "quantized", "psnr": 25.0 + better, "psnr_std": 2.0, "ssim": 0.91, "ssim_std": 0.02, "identical": False,
         "n": len(images), "latent_sqnr_db": [40.0 - 0.8 * i + better for i in range(spec.steps)],

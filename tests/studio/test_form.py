@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from studio.services.form import (
-    METHOD_CHOICES,
     STORAGE_LINES,
     Form,
     baseline_recipe,
@@ -19,6 +18,7 @@ from studio.services.form import (
     parse_edges,
     profile_spec,
 )
+from studio.services.methods import baseline_choices, method_choices
 from trdq_core.arguments import CALIBRATION_PROMPTS
 from trdq_core.errors import RecipeError
 from trdq_core.presets import METHODS
@@ -57,7 +57,7 @@ def test_more_prompts_never_repeat_the_typed_one(form: Form) -> None:
         ({"steps": 4.5}, "give a whole number"),
         ({"steps": 1}, "steps: got 1"),
         ({"guidance": 0.5}, "guidance: got 0.5"),
-        ({"weight_bits": 5}, "weight bits: got 5"),
+        ({"weight_bits": 7}, "weight bits: got 7"),
         ({"activation_bits": True}, "activation bits"),
         ({"method": "tr_dq"}, "did you mean tr-dq"),
         ({"group_kind": "other"}, "groups: got the kind"),
@@ -95,7 +95,7 @@ def test_a_run_of_one_recipe_gives_what_it_has() -> None:
 
 
 def test_every_method_and_storage_mode_can_be_chosen() -> None:
-    assert {name for _, name in METHOD_CHOICES} == set(METHODS) - {"fp"}
+    assert {name for _, name in method_choices()} == {name for _, name in baseline_choices()} == set(METHODS) - {"fp"}
     assert set(STORAGE_LINES) == set(STORAGE_MODES)
 
 

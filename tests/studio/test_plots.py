@@ -59,3 +59,19 @@ def test_wide_layers_keep_their_largest_channels() -> None:
     assert z.max() == pytest.approx(3.0)
     row = int(z[:, 1].argmax())
     assert abs(heat.y[row] - 4321) < 5000 / plots.MOST_CHANNELS
+
+
+def test_bars_keep_their_order_colour_and_room() -> None:
+    bars = [
+        (f"blocks.{block}.{role}", role, 10.0 ** -(block + 1)) for block in range(12) for role in ("self_q", "mlp_out")
+    ]
+    figure = plots.layer_bars(bars, title="W4A8", log_y=True)
+    assert list(figure.layout.xaxis.categoryarray) == [name for name, _, _ in bars]
+    assert {trace.name: trace.marker.color for trace in figure.data} == {
+        role: plots.ROLE_COLOURS[role] for role in ("self_q", "mlp_out")
+    }
+    assert figure.layout.width == 90 + plots.BAR_PITCH * 24, "each name has its room; the page scrolls the chart"
+    assert figure.layout.yaxis.type == "log"
+    few = plots.layer_bars([("proj", "unheard-of", 0.0)], title="", log_y=True)
+    assert few.layout.width is None
+    assert few.data[0].y == (None,), "nothing has no logarithm"

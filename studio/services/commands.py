@@ -1,0 +1,38 @@
+"""Command lines that do what the page does."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+
+from trdq_core.bitwidths import split_name
+from trdq_core.presets import METHODS
+from trdq_core.specs import Recipe, RunSpec
+
+
+def compare(spec: RunSpec, files: Mapping[str, Path]) -> str:
+    """The command of a comparison; recipes of `files` are named by their file, and those with sharing are left out."""
+    plain = [recipe for recipe in spec.recipes if recipe.sharing is None]
+    words = ["python -m trdq_core compare", f"--model {shlex.quote(spec.model)}"]
+    words.append("--recipes " + ",".join(recipe.name for recipe in plain if recipe.name not in files))
+    words += [f"--recipe-file {shlex.quote(str(files[recipe.name]))}" for recipe in plain if recipe.name in files]
+    named = [recipe for recipe in plain if recipe.name not in files and _takes_groups(recipe)]
+    words += _groups(named[-1]) if named else []
+    words.append(f"--steps {spec.steps} --guidance {spec.guidance!r} --seed {spec.seed}")
+    return " ".join([*words, *(f"--prompt {shlex.quote(text)}" for text in spec.prompts)])
+
+
+def _takes_groups(recipe: Recipe) -> bool:
+    method = METHODS.get(split_name(recipe.name)[0])
+    several = recipe.time.count > 1 or recipe.time.kind != "uniform"
+    return method is not None and method.time_grouped and several
+
+
+def _groups(recipe: Recipe) -> list[str]:
+    time = recipe.time
+    if time.kind == "edges":
+        flag = "--edges " + ",".join(repr(edge) for edge in time.edges)
+    else:
+        flag = "--group-kind per_step" if time.kind == "per_step" else f"--groups {time.count}"
+    return [flag, f"--storage {recipe.storage}"]

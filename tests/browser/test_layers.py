@@ -1,0 +1,140 @@
+"""The Layers page in a browser, over the fake core: scan, sort, change a layer, fit a budget, save, choose on Compare."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser.conftest import Visit
+from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture
+from tests.studio.fake_core import LAYERS, FakeCore
+from trdq_core.specs import Recipe
+
+pytestmark = pytest.mark.browser
+Open = Callable[..., Visit]
+
+
+@pytest.fixture(autouse=True)
+def quick(fake_core: FakeCore) -> Iterator[None]:
+    fake_core.runs.pace = 0.005
+    yield
+    fake_core.runs.pace = 0.01
+
+
+def go(page: Any) -> None:
+    page.get_by_role("tab", name="Layers", exact=True).click()
+    page.wait_for_selector("#run-scan:visible")
+    page.wait_for_selector("#edit-totals .tr-cards")
+
+
+def scan(page: Any) -> None:
+    page.locator("#run-scan").click()
+    page.wait_for_selector("#strip .tr-strip.done >> text=can be chosen again")
+    page.wait_for_function("document.querySelectorAll('#scan-chart .main-svg .barlayer .trace').length === 3")
+
+
+def names_on_chart(page: Any) -> list[str]:
+    return list(page.locator("#scan-chart .xaxislayer-above text").all_text_contents())
+
+
+def until_totals_change(page: Any, button: str) -> str:
+    cards = page.locator("#edit-totals .tr-cards")
+    before = cards.inner_text()
+    page.locator(button).click()
+    page.wait_for_function("b => document.querySelector('#edit-totals .tr-cards').innerText !== b", arg=before)
+    return str(cards.inner_text())
+
+
+@pytest.mark.parametrize("width", [1400, 390])
+def test_scan_change_save_and_choose(visit: Open, fake_url: str, screenshots: Path, width: int) -> None:
+    seen = visit(fake_url, width)
+    page = seen.page
+    go(page)
+    scan(page)
+    page.wait_for_selector("#edit-totals >> text=a scan with RTN")
+    assert no_sideways_scrolling(page)
+    model_order = names_on_chart(page)
+    assert len(model_order) == len(LAYERS)
+    page.locator("#scan-order label", has_text="Role").click()
+    page.wait_for_function(
+        "b => document.querySelector('#scan-chart .xaxislayer-above')?.textContent !== b", arg="".join(model_order)
+    )
+    page.locator("#edit-table [role=gridcell]:visible").first.click()
+    page.wait_for_selector("#edit-picked >> text=blocks.0.attn1.to_q")
+    totals = until_totals_change(page, "#edit-skip")
+    assert "1 skipped" in totals
+    assert page.locator("#edit-table [role=gridcell]:visible", has_text="skip").count() >= 1
+    picture(page, screenshots, "9-layers")
+    assert "9 of 9" in until_totals_change(page, "#edit-fit")
+    page.locator("#edit-table [role=gridcell]:visible").first.click()
+    page.wait_for_selector("#edit-picked >> text=blocks.0.attn1.to_q")
+    assert "1 skipped" in until_totals_change(page, "#edit-skip")
+
+    name = f"plan-{width}"
+    page.locator("#recipe-name :is(input, textarea)").fill(name)
+    page.locator("#recipe-save").click()
+    page.wait_for_selector("#recipe-saved .tr-notice.done")
+    page.wait_for_selector("#edit-command >> text=--recipe-file")
+    with page.expect_download() as download:
+        page.locator("#recipe-file").click()
+    saved = Recipe.from_json(Path(download.value.path()).read_text())
+    assert (saved.name, saved.rules[0].weight) == (name, None)
+    page.locator("#recipe-use").click()
+    page.wait_for_selector(f"#plan >> text={name}")
+    open_sidebar(page)
+    assert page.locator("#method input").input_value() == f"{name} (saved recipe)"
+    assert "1 layer in full precision" in page.locator("#method-line").inner_text()
+    page.locator("#compare").click()
+    page.wait_for_selector("#strip .tr-strip.done >> text=It is kept under Runs")
+    assert name in page.locator(".tr-head b").all_inner_texts()
+    picture(page, screenshots, "10-compare-saved")
+    seen.check()
+
+
+def test_a_saved_recipe_is_offered_after_a_reload(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
+    page = visit(fake_url).page
+    go(page)
+    page.locator("#recipe-name :is(input, textarea)").fill("Not a name")
+    page.locator("#recipe-save").click()
+    page.wait_for_selector("#recipe-saved >> text=small letters")
+    page.locator("#recipe-name :is(input, textarea)").fill("after-reload")
+    page.locator("#recipe-save").click()
+    page.wait_for_selector("#recipe-saved .tr-notice.done")
+    page.reload()
+    page.wait_for_selector("#plan .tr-cards")
+    page.locator("#baseline input").click()
+    page.get_by_role("option", name="after-reload (saved recipe)", exact=True).click()
+    page.locator("#compare").click()
+    page.wait_for_selector("#strip .tr-strip.done")
+    assert "after-reload" in page.locator(".tr-head b").all_inner_texts()
+
+
+def test_cancel_and_bad_input(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
+    page = visit(fake_url).page
+    go(page)
+    page.locator("#edit-skip").click()
+    page.wait_for_selector("#edit-note >> text=none is picked")
+    fake_core.runs.pace = 0.3
+    page.locator("#run-scan").click()
+    page.wait_for_selector("#strip .tr-strip.running >> text=left in this stage")
+    page.locator("#cancel-scan").dispatch_event("click")
+    page.wait_for_selector("#strip .tr-strip.cancelled")
+
+
+def test_all_methods_are_listed_with_what_they_are(visit: Open, fake_url: str, screenshots: Path) -> None:
+    seen = visit(fake_url)
+    page = seen.page
+    page.locator("#all-methods button").first.click()
+    table = page.locator("#all-methods .tr-table")
+    table.wait_for()
+    assert table.locator("tbody tr").count() == 18
+    assert "learns rounding (minutes)" in table.inner_text()
+    page.locator("#method input").click()
+    page.get_by_role("option", name="TQ-DiT (simulated)", exact=True).click()
+    page.wait_for_selector("#method-line .tr-badge.simulated")
+    page.wait_for_selector("#plan >> text=tq-dit-w4a8")
+    picture(page, screenshots, "11-methods")
+    seen.check()
