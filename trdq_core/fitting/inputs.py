@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, outpu
 from trdq_core.nn.input_grid import InputGrid, Range
 from trdq_core.plan import InputGroup
 from trdq_core.scale_search import OutputSamples
-from trdq_core.specs import TransformSpec
+from trdq_core.specs import LayerRule, TransformSpec
 from trdq_core.statistics import LayerStatistics
 from trdq_core.transforms.base import InputTransform, aligned
 from trdq_core.transforms.steps import resolve_adaptive
@@ -81,15 +82,31 @@ def fit_input(
         if not torch.isfinite(weight).all():
             raise CalibrationError(f"{layer}: its weight holds NaN or infinity; load an undamaged model.")
     rows = [split_rows(statistics, steps) for steps in steps_of_sets]
-    fits: dict[Chain, tuple[FittedSet, ...]] = {}
-    errors: dict[Chain, float] = {}
-    for chain in dict.fromkeys((*group.rule.chains, ())):  # having none is judged in any case, for the report
-        fits[chain] = _fit_chain(group, chain, weights, statistics, steps_of_sets, rows, curvature or {}, seed)
-        errors[chain] = _relative_error(group, fits[chain], weights, rows)
-    recipes = [chain for chain in errors if chain in group.rule.chains]
-    wanted = min(recipes, key=errors.__getitem__)
+    whole = split_rows(statistics, range(len(statistics.rows))) if len(rows) > 1 else rows[0]
+    judged = group._replace(rule=plain_rounding(group.rule))
+    curvature = curvature or {}
+
+    def fit(what: InputGroup, chain: Chain) -> tuple[FittedSet, ...]:
+        if not chain:  # the weights do not depend on time, so they are fitted once
+            return (fit_set(what, InputTransform(), weights, whole, curvature, seed),) * len(rows)
+        pairs = zip(transforms[chain], rows, strict=True)
+        return tuple(fit_set(what, transform, weights, part, curvature, seed) for transform, part in pairs)
+
+    chains = [chain for chain in group.rule.chains if chain]
+    transforms = {c: _fit_transforms(group, c, weights, statistics, steps_of_sets, rows, seed) for c in chains}
+    # Having no transform is judged in any case, for the report.
+    fits = {chain: fit(judged, chain) for chain in dict.fromkeys((*group.rule.chains, ()))}
+    errors = {chain: _relative_error(judged, sets, weights, rows) for chain, sets in fits.items()}
+    wanted = min(group.rule.chains, key=errors.__getitem__)
     taken = () if do_no_harm and errors[()] < errors[wanted] else wanted
-    return FittedInput(group, fits[taken], taken, errors[wanted], errors[()], taken == wanted)
+    sets = fits[taken] if judged.rule == group.rule else fit(group, taken)
+    return FittedInput(group, sets, taken, errors[wanted], errors[()], taken == wanted)
+
+
+def plain_rounding(rule: LayerRule) -> LayerRule:
+    """The rule rounding to nearest without a low-rank branch: transforms are judged so, since what is fitted to the rows
+    would take a multiple of the time and helps each of them."""
+    return dataclasses.replace(rule, rounding="nearest", low_rank=None)
 
 
 def split_rows(statistics: LayerStatistics, steps: Sequence[int]) -> Rows:
@@ -115,29 +132,21 @@ def _at_most(rows: Tensor, count: int) -> Tensor:
     return rows[:: max(1, -(-len(rows) // count))]
 
 
-def _fit_chain(
+def _fit_transforms(
     group: InputGroup,
     chain: Chain,
     weights: Mapping[str, Tensor],
     statistics: LayerStatistics,
     steps_of_sets: Sequence[Sequence[int]],
     rows: Sequence[Rows],
-    curvature: Mapping[str, OutputSamples],
     seed: int,
-) -> tuple[FittedSet, ...]:
-    """All sets with one chain. Without transforms the weights do not depend on time, so they are fitted once."""
+) -> tuple[InputTransform, ...]:
+    """The transforms of all sets with one chain."""
     smooth = next((spec for spec in chain if spec.kind == "smooth"), None)
-    if not chain:
-        every = split_rows(statistics, range(len(statistics.rows))) if len(rows) > 1 else rows[0]
-        return (fit_set(group, InputTransform(), weights, every, curvature, seed),) * len(rows)
     chain = resolve_adaptive(chain, statistics.rows_at(range(len(statistics.rows))))  # all sets choose alike
     weight_absmax = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
     absmax = [statistics.absmax(steps, smooth or chain[0], weight_absmax) for steps in steps_of_sets]
-    transforms = aligned([fit_chain(group, chain, weights, *pair, seed) for pair in zip(rows, absmax, strict=True)])
-    return tuple(
-        fit_set(group, transform, weights, part, curvature, seed)
-        for transform, part in zip(transforms, rows, strict=True)
-    )
+    return aligned([fit_chain(group, chain, weights, *pair, seed) for pair in zip(rows, absmax, strict=True)])
 
 
 def _relative_error(

@@ -15,14 +15,14 @@ from trdq_core.scale_search import OutputSamples, search_scales
 from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.fit import fit_transform
-from trdq_core.weights.gptq import gptq
+from trdq_core.weights.gptq import DAMPING, gptq
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 OVERFIT = 1.3  # error on other prompts over that on the rows fitted on, above which GPTQ is damped
-DAMPINGS = (0.05, 0.3, 2.0)  # in shares of the mean squared input
+DAMPINGS = (0.1, 1.0)  # in shares of the mean squared input
 SEARCH_ROWS = 128  # rows that a search scores its candidates on
 
 
@@ -116,21 +116,35 @@ def _fit_weights(
     inputs = transform.apply(rows.many) if rule.rounding == "gptq" or rule.low_rank is not None else None
     if rule.low_rank is not None:
         return _with_low_rank(group, rule.low_rank, transform, transformed, inputs, seed)
-    fitted = {
-        name: quantize_weight(weight, rule.weight, layer=name, rounding=rule.rounding, inputs=inputs)
-        for name, weight in transformed.items()
-    }
-    if inputs is not None:
-        return _least_overfit(FittedSet(transform, fitted), group, transformed, inputs, weights, rows)
+    if rule.rounding == "gptq":
+        assert inputs is not None  # transformed above for this
+        fitted = FittedSet(transform, _gptq_together(transformed, rule.weight, inputs))
+        return _least_overfit(fitted, rule.weight, transformed, inputs, weights, rows)
+    fitted = {name: quantize_weight(weight, rule.weight, layer=name) for name, weight in transformed.items()}
     if rule.rounding != "adaround":
         return FittedSet(transform, fitted)
     grids = {name: fit_grid(weight, rule.weight, layer=name) for name, weight in transformed.items()}
     return FittedSet(transform, fitted, grids=grids)
 
 
+def _gptq_together(
+    transformed: Mapping[str, Tensor], spec: QuantSpec, inputs: Tensor, damping: float = DAMPING
+) -> dict[str, Weight]:
+    """GPTQ of all linears that read one input. Output channels do not know of each other, so one pass does for all."""
+    grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
+    if spec.granularity == "tensor":  # one scale a linear, so they cannot be stacked
+        values = {n: gptq(weight, grids[n], inputs, damping=damping, layer=n) for n, weight in transformed.items()}
+    else:
+        first, stacked = next(iter(transformed)), torch.cat(list(transformed.values()))
+        together = gptq(stacked, fit_grid(stacked, spec, layer=first), inputs, damping=damping, layer=first)
+        parts = together.split([len(weight) for weight in transformed.values()])
+        values = dict(zip(transformed, parts, strict=True))
+    return {name: grids[name].encode(value) for name, value in values.items()}
+
+
 def _least_overfit(
     fitted: FittedSet,
-    group: InputGroup,
+    spec: QuantSpec,
     transformed: Mapping[str, Tensor],
     inputs: Tensor,
     weights: Mapping[str, Tensor],
@@ -138,22 +152,14 @@ def _least_overfit(
 ) -> FittedSet:
     """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
     damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
-    spec, exact_input = group.rule.weight, InputGrid(None)
-    assert spec is not None  # groups only hold quantized layers
-    (seen, size), (unseen, other_size) = (
-        _error(fitted, weights, part, exact_input) for part in (rows.fit, rows.held_out)
-    )
+    exact = InputGrid(None)
+    (seen, size), (unseen, other_size) = (_error(fitted, weights, part, exact) for part in (rows.fit, rows.held_out))
     if unseen * size <= OVERFIT * seen * other_size:
         return fitted
-    candidates = [
-        fitted,
-        fitted._replace(weights={n: quantize_weight(w, spec, layer=n) for n, w in transformed.items()}),
-    ]
-    for damping in DAMPINGS:
-        grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
-        values = {n: gptq(w, grids[n], inputs, damping=damping, layer=n) for n, w in transformed.items()}
-        candidates.append(fitted._replace(weights={name: grids[name].encode(value) for name, value in values.items()}))
-    return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact_input)[0])
+    nearest = {name: quantize_weight(weight, spec, layer=name) for name, weight in transformed.items()}
+    damped = [_gptq_together(transformed, spec, inputs, damping) for damping in DAMPINGS]
+    candidates = [fitted, *(fitted._replace(weights=rounded) for rounded in (nearest, *damped))]
+    return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact)[0])
 
 
 def _searched_by_output(
