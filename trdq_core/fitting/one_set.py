@@ -225,9 +225,14 @@ def _quick_error(group: InputGroup, transform: InputTransform, weights: Mapping[
     """The output error of a candidate transform with weights rounded to nearest over their full range: for searches."""
     assert group.rule.weight is not None  # groups only hold quantized layers
     spec = dataclasses.replace(group.rule.weight, range="minmax")
-    quick = {n: quantize_weight(transform.apply_to_weight(w), spec, layer=n) for n, w in weights.items()}
-    fitted = FittedSet(transform, quick, clip=1.0 if group.rule.activation is None else group.rule.activation.clip)
-    return _error(fitted, weights, rows, input_grid(group.rule.activation, fitted, rows))[0]
+    fitted = FittedSet(transform, {}, clip=1.0 if group.rule.activation is None else group.rule.activation.clip)
+    seen = input_grid(group.rule.activation, fitted, rows).round(transform.apply(rows))
+    wrong = 0.0
+    for name, weight in weights.items():
+        transformed = transform.apply_to_weight(weight)
+        rounded = fit_grid(transformed, spec, layer=name).nearest(transformed).float()
+        wrong += float((seen @ rounded.T - rows @ weight.float().T).square().sum())
+    return wrong
 
 
 def _search_clip(group: InputGroup, fitted: FittedSet, weights: Mapping[str, Tensor], rows: Tensor) -> float:
