@@ -22,11 +22,11 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from training.captions import plain
 from training.data import cache_folder
-from training.video_data import FRAMES, GROUPS, Clips, cached_latents, load
+from training.video_data import FRAMES, Clips, cached_latents, load
 from training.video_forward import Captions, predict
 
 POCKET_IMAGE = Path("assets/pocket-image")
-LENGTH = 12  # tokens; every trained caption fits
+LENGTH = 12  # tokens; clips with longer names are left out
 LEARNING_RATE = 1e-3  # of the temporal blocks
 SPATIAL_RATE = 0.5  # of that, for everything that comes from pocket-image
 WARM_UP = 200  # steps
@@ -78,6 +78,12 @@ def build(picture: PixArtTransformer2DModel, sample_size: int = 8, frames: int =
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
     return transformer
+
+
+def fitting(folder: Path, names: list[str]) -> list[str]:
+    """The names of at most LENGTH tokens. Words that pocket-image never saw are spelled, a token a letter."""
+    tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer")
+    return [name for name in names if len(tokenizer(plain(name)).input_ids) <= LENGTH]
 
 
 @torch.no_grad()
@@ -133,7 +139,6 @@ class Run(NamedTuple):
     """What a run is told on the command line."""
 
     minutes: float
-    groups: list[str]
     batch: int
     fp32: bool
 
@@ -141,8 +146,8 @@ class Run(NamedTuple):
 class State:
     """Network, its running average and the optimizer: everything a killed run needs to go on."""
 
-    def __init__(self, groups: list[str], picture: PixArtTransformer2DModel, file: Path):
-        self.file, self.groups = file, groups
+    def __init__(self, names: list[str], picture: PixArtTransformer2DModel, file: Path):
+        self.file, self.names = file, names
         torch.manual_seed(0)
         self.model = build(picture).train()
         self.average = copy.deepcopy(self.model).eval().requires_grad_(False)
@@ -161,8 +166,8 @@ class State:
         return groups
 
     def _restore(self, stored: dict) -> None:
-        if stored["groups"] != self.groups:
-            raise SystemExit(f"{self.file} is of other clips ({stored['groups']}); move it away to start afresh")
+        if stored["names"] != self.names:
+            raise SystemExit(f"{self.file} is of {len(stored['names'])} other clips; move it away to start afresh")
         self.model.load_state_dict(stored["model"])
         self.average.load_state_dict(stored["average"])
         self.optimizer.load_state_dict(stored["optimizer"])
@@ -176,7 +181,7 @@ class State:
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "groups": self.groups,
+            "names": self.names,
             "seconds": self.seconds,
             "step": self.step,
             "clips": self.clips,
@@ -210,10 +215,11 @@ def sampler_of(folder: Path, clips: Clips) -> Sampler:
 
 def train(run: Run, folder: Path) -> State:
     """Train until `run.minutes` of work are done in all, earlier runs counted in."""
-    clips = load(folder).of_groups(run.groups)
+    clips = load(folder)
+    clips = clips.of_names(fitting(POCKET_IMAGE, clips.names))
     sampler = sampler_of(folder, clips)
     picture = PixArtTransformer2DModel.from_pretrained(POCKET_IMAGE / "transformer")
-    state = State(run.groups, picture, folder / "text_to_video.pt")
+    state = State(clips.names, picture, folder / "text_to_video.pt")
     size = sum(p.numel() for p in state.model.parameters()) / 1e6
     print(f"{len(clips.names)} clips, {size:.1f} M parameters, from {state.seconds:.0f} s", flush=True)
     begun = time.process_time() - state.seconds
@@ -248,7 +254,6 @@ def parsed() -> Run:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=82, help="training time in all (default: 82)")
-    parser.add_argument("--groups", nargs="+", default=GROUPS, help=f"groups of emoji (default: {GROUPS})")
     parser.add_argument("--batch", type=int, default=8, help="whole clips a step (default: 8)")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     return Run(**vars(parser.parse_args()))

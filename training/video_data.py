@@ -26,7 +26,9 @@ SIZE = 64  # pixels
 FRAMES = 16
 STRIDE = 3  # every third frame: a window spans 1.9 s. Every 4.5th, the whole loop, would alias fast gestures
 WINDOWS = 2  # of each loop: one from its beginning, one from its middle
-GROUPS = ["Animals & Nature", "Food & Drink", "Activities"]  # the groups whose words pocket-image's text encoder knows
+# The first three are what pocket-image was trained on, so its text encoder knows their words.
+GROUPS = ["Animals & Nature", "Food & Drink", "Activities", "Travel & Places"]
+CLOCKS = ("o\u2019clock", "-thirty")  # 24 clips of one clock, told apart by the angle of a few pixels: left out
 
 
 class Clips(NamedTuple):
@@ -36,9 +38,10 @@ class Clips(NamedTuple):
     names: list[str]
     groups: list[str]
 
-    def of_groups(self, groups: list[str]) -> Clips:
-        """The clips whose group is listed, in the same order."""
-        keep = [i for i, group in enumerate(self.groups) if group in groups]
+    def of_names(self, names: list[str]) -> Clips:
+        """The clips whose name is listed, in their own order."""
+        wanted = set(names)
+        keep = [i for i, name in enumerate(self.names) if name in wanted]
         return Clips(self.frames[keep], [self.names[i] for i in keep], [self.groups[i] for i in keep])
 
 
@@ -60,8 +63,8 @@ def windows_of(animation: Image.Image) -> np.ndarray:
     return np.stack([[decoded[number] for number in window] for window in wanted.tolist()])
 
 
-def build(folder: Path, groups: list[str] | None = None) -> Path:
-    """Write `clips.npz`: every usable animated clip of `groups` once (all groups if None), sorted by name."""
+def build(folder: Path) -> Path:
+    """Write `clips.npz`: every usable animated clip of `GROUPS` once, sorted by name."""
     with tarfile.open(fetch(NAMES, folder)) as tar:
         table = json.load(tar.extractfile("package/data-by-emoji.json"))
     by_letters = {_letters(emoji): entry for emoji, entry in table.items()}
@@ -72,7 +75,7 @@ def build(folder: Path, groups: list[str] | None = None) -> Path:
                 entry = by_letters.get(_letters(_emoji(Path(member.name).stem)))
                 if not member.name.endswith(".webp") or entry is None or not _usable(entry["name"], entry["group"]):
                     continue
-                if groups is not None and entry["group"] not in groups:
+                if entry["group"] not in GROUPS or entry["name"].endswith(CLOCKS):
                     continue
                 animation = Image.open(io.BytesIO(tar.extractfile(member).read()))
                 # Most files are stills that merely have the animated ones' form; some loops are too short for a window.
@@ -89,7 +92,7 @@ def load(folder: Path | None = None) -> Clips:
     folder = folder or cache_folder()
     target = folder / "clips.npz"
     if not target.exists():
-        build(folder, GROUPS)
+        build(folder)
     with np.load(target) as stored:
         return Clips(stored["frames"], stored["names"].tolist(), stored["groups"].tolist())
 

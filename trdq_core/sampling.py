@@ -25,7 +25,7 @@ class Conditioning(NamedTuple):
 
 
 class Trajectory(NamedTuple):
-    """One sampled picture: latents after every step, the timesteps, and the seconds that denoising took."""
+    """One sampled picture or clip: latents after every step, the timesteps, and the seconds that denoising took."""
 
     latents: list[Tensor]
     timesteps: list[float]
@@ -48,7 +48,7 @@ class SampledModel(Protocol):
         """The prompts as embeddings."""
 
     def initial_latents(self, seed: int) -> Tensor:
-        """Noise (1, channels, height, width) that depends on the seed alone."""
+        """Noise (1, channels, height, width), or (1, channels, frames, height, width), that depends on the seed alone."""
 
     def denoise(
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
@@ -56,7 +56,7 @@ class SampledModel(Protocol):
         """Run the sampler; `on_step` is called after every step and may raise to stop it."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """One picture (height, width, 3) uint8."""
+        """One picture (height, width, 3) uint8, or one clip (frames, height, width, 3) uint8."""
 
     def using(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Sample with another denoiser while the context is open."""
@@ -75,7 +75,7 @@ def sample(
     guidance: float,
     on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Sample one picture and keep its latents after every step."""
+    """Sample one picture or clip and keep its latents after every step."""
     latents: list[Tensor] = []
     timesteps: list[float] = []
     outside = 0.0  # spent in `on_step`, on previews and reports: not part of sampling
