@@ -2,7 +2,8 @@
 
 A stock `LatteTransformer3DModel` starts from pocket-image's transformer (its spatial blocks, embeddings and output) and
 is trained by flow matching on cached latents; pocket-image's text encoder stays as it is. Resumable: the state is written
-every few minutes and found again; `--minutes` counts all runs, in processor time, so a paused run loses nothing.
+every few minutes and when the process is told to end, and found again; `--minutes` counts all runs, in processor time, so
+a paused run loses nothing.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import argparse
 import copy
 import json
 import math
+import signal
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -225,7 +227,9 @@ def train(run: Run, folder: Path) -> State:
     begun = time.process_time() - state.seconds
     losses: dict[int, list[float]] = {FEWER: [], FRAMES: []}
     next_save, next_report = state.seconds + SAVE_EVERY, state.seconds + 60
-    while (elapsed := time.process_time() - begun) < run.minutes * 60:
+    told_to_end: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, frame: told_to_end.append(number))
+    while not told_to_end and (elapsed := time.process_time() - begun) < run.minutes * 60:
         progress = elapsed / (run.minutes * 60)
         count = frames_of_step(progress)
         batch = sampler.draw(run.batch * FRAMES // count, count)
@@ -246,7 +250,10 @@ def train(run: Run, folder: Path) -> State:
             next_save = elapsed + SAVE_EVERY
             state.save()
     state.save()
-    print(f"finished after {state.step} steps, {state.clips} clips, {state.frames} frames", flush=True)
+    print(
+        f"{'stopped' if told_to_end else 'finished'} after {state.step} steps, {state.clips} clips, {state.frames} frames",
+        flush=True,
+    )
     return state
 
 
