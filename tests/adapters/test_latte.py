@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections import Counter
@@ -14,10 +15,15 @@ import torch
 from trdq_core import models
 from trdq_core.adapters import latte, layers_of, load_adapter, pixart
 from trdq_core.adapters.latte import LatteModel, layers_from_config
+from trdq_core.calibration import calibrate
+from trdq_core.convert import convert
 from trdq_core.errors import ModelError
+from trdq_core.metrics import compare_clips
+from trdq_core.presets import parse_recipe
 from trdq_core.sampling import sample
 from trdq_core.timegroups import TimeContext, TimeGroups
 
+TEMPORAL = tuple(f"temporal_{part}" for part in ("q", "k", "v", "out", "mlp_in", "mlp_out"))
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 FRAMES = 4
 
@@ -48,8 +54,7 @@ def test_roles_tell_space_from_time(model: LatteModel, tiny_video_folder: Path, 
     layers = {layer.name: layer for layer in model.linears()}
     roles = Counter(layer.role for layer in layers.values())
     assert "other" not in roles
-    for part in ("q", "k", "v", "out", "mlp_in", "mlp_out"):
-        assert roles[f"temporal_{part}"] == 2, part
+    assert [roles[role] for role in TEMPORAL] == [2] * 6
     assert roles["self_q"] == roles["cross_q"] == roles["mlp_in"] == 2
     leader = "temporal_transformer_blocks.1.attn1.to_q"
     assert layers["temporal_transformer_blocks.1.attn1.to_v"].leader == leader
@@ -123,3 +128,23 @@ def test_the_video_model_is_listed() -> None:
     folder = models.ASSETS / "pocket-video"
     assert kinds["pocket-video"].available == (folder / "model_index.json").is_file()
     assert bool(kinds["pocket-video"].reason) != kinds["pocket-video"].available
+
+
+def test_space_and_time_are_calibrated_and_quantized(model: LatteModel, tmp_path: Path) -> None:
+    statistics = calibrate(model, ["red apple"], steps=3, guidance=3.0, seed=0)
+    recipe = parse_recipe("tr-dq-w4a8", groups=2)
+    roles = dict.fromkeys((*recipe.rules[0].roles, *TEMPORAL))
+    recipe = dataclasses.replace(recipe, rules=(dataclasses.replace(recipe.rules[0], roles=tuple(roles)),))
+    changed = convert(
+        model.denoiser, model.linears(), recipe, statistics,
+        backend="reference", storage_folder=tmp_path, argument=model.timestep_argument,
+    )  # fmt: skip
+    quantized = changed.quantized_layers()
+    assert {layer.role for layer in model.linears() if layer.name in quantized} >= {*TEMPORAL, "self_q"}
+    conditioning = model.encode(["red apple"])[0]
+    reference = sample(model, conditioning, 0, steps=3, guidance=3.0)
+    with model.using(changed.denoiser):
+        run = sample(model, conditioning, 0, steps=3, guidance=3.0)
+    metrics = compare_clips(model.decode(run.latents[-1]), model.decode(reference.latents[-1]))
+    assert len(metrics.psnr) == FRAMES and 20 < min(metrics.psnr) < 90
+    assert metrics.temporal_error > 0
