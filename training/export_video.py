@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -90,6 +91,8 @@ def export(state_file: Path, autoencoder: Path, target: Path) -> dict:
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".export-") as unfinished:
         folder = Path(unfinished)
         pipeline.save_pretrained(folder, safe_serialization=True)
+        # As it is: saved again, its configuration would also say that it was loaded from a folder.
+        shutil.copytree(POCKET_IMAGE / "tokenizer", folder / "tokenizer", dirs_exist_ok=True)
         declare_fp32(folder)
         forget_origins(folder)
         for name, content in (("training.json", facts), ("prompts.json", prompt_sets(state["names"]))):

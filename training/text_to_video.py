@@ -1,4 +1,4 @@
-"""Train the pocket text-to-video model: `python -m training.text_to_video --minutes 82`.
+"""Train the pocket text-to-video model: `python -m training.text_to_video --minutes 40`.
 
 A stock `LatteTransformer3DModel` starts from pocket-image's transformer (its spatial blocks, embeddings and output) and
 is trained by flow matching on cached latents; pocket-image's text encoder stays as it is. Resumable: the state is written
@@ -260,7 +260,7 @@ def train(run: Run, folder: Path) -> State:
 def parsed() -> Run:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=82, help="training time in all (default: 82)")
+    parser.add_argument("--minutes", type=float, default=40, help="training time in all (default: 40)")
     parser.add_argument("--batch", type=int, default=8, help="whole clips a step (default: 8)")
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast")
     return Run(**vars(parser.parse_args()))
