@@ -59,3 +59,11 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from tests.tiny import save_tiny
 
     return save_tiny(tmp_path_factory.mktemp("models") / "tiny-pixart")
+
+
+@pytest.fixture(scope="session")
+def tiny_video_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with a Latte pipeline of random weights; do not change it, copy it."""
+    from tests.tiny import save_tiny_video
+
+    return save_tiny_video(tmp_path_factory.mktemp("models") / "tiny-latte")

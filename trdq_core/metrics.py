@@ -1,14 +1,16 @@
-"""How far a quantized run is from its reference: pictures and latents, from arrays and never from compressed files."""
+"""How far a quantized run is from its reference: pictures, clips and latents, from arrays and never from compressed files."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 from skimage.metrics import structural_similarity
 from torch import Tensor
 
+from trdq_core.errors import ShapeError
 from trdq_core.sampling import Trajectory
 
 
@@ -49,3 +51,68 @@ def finite_mean(values: Sequence[float]) -> float | None:
     """The mean of the finite values, None if there is none."""
     kept = [value for value in values if math.isfinite(value)]
     return sum(kept) / len(kept) if kept else None
+
+
+class ClipMetrics(NamedTuple):
+    """A clip beside its reference. Curves have one value a frame; infinite PSNR means that the frames are equal."""
+
+    psnr: list[float]  # dB
+    ssim: list[float]
+    temporal_error: float  # grey levels, see `temporal_error`
+    motion_ratio: float | None  # see `motion_ratio`
+    worst_frame: int | None  # see `worst_frame`
+
+
+def compare_clips(clip: np.ndarray, reference: np.ndarray) -> ClipMetrics:
+    """Every metric of two clips (frames, height, width, 3) uint8; ShapeError if they differ in shape."""
+    _check_clips(clip, reference)
+    curve = [psnr(a, b) for a, b in zip(clip, reference, strict=True)]
+    return ClipMetrics(
+        curve,
+        [ssim(a, b) for a, b in zip(clip, reference, strict=True)],
+        temporal_error(clip, reference),
+        motion_ratio(clip, reference),
+        worst_frame(curve),
+    )
+
+
+def temporal_error(clip: np.ndarray, reference: np.ndarray) -> float:
+    """Flicker that the reference does not have: RMS of (frame difference of the clip - that of the reference).
+
+    In grey levels from 0 to 255. An error that is the same in every frame counts nothing here, however large it is.
+    """
+    _check_clips(clip, reference)
+    return float(np.sqrt(np.mean((_frame_differences(clip) - _frame_differences(reference)) ** 2)))
+
+
+def motion_ratio(clip: np.ndarray, reference: np.ndarray) -> float | None:
+    """Mean squared frame difference of the clip over that of the reference: below 1 it moves less, above 1 it moves or
+    flickers more. None if the reference does not move."""
+    _check_clips(clip, reference)
+    energy = motion_energy(reference)
+    return motion_energy(clip) / energy if energy > 0 else None
+
+
+def motion_energy(clip: np.ndarray) -> float:
+    """Mean squared difference of neighbouring frames of a clip (frames, height, width, 3) uint8, in squared grey levels."""
+    return float(np.mean(_frame_differences(clip) ** 2))
+
+
+def worst_frame(curve: Sequence[float]) -> int | None:
+    """The frame where a quality curve is lowest, the first of several; None if every frame equals its reference."""
+    return int(np.argmin(curve)) if any(math.isfinite(value) for value in curve) else None
+
+
+def _frame_differences(clip: np.ndarray) -> np.ndarray:
+    return np.diff(clip.astype(np.float64), axis=0)
+
+
+def _check_clips(clip: np.ndarray, reference: np.ndarray) -> None:
+    if clip.shape != reference.shape:
+        raise ShapeError(
+            f"clips: got {clip.shape} beside a reference of {reference.shape}; compare clips of one model and size."
+        )
+    if clip.ndim != 4 or len(clip) < 2:
+        raise ShapeError(
+            f"clips: got an array of {clip.shape}; (frames, height, width, 3) with at least 2 frames is needed."
+        )

@@ -19,7 +19,7 @@ class ModelInfo(NamedTuple):
 
     name: str
     path: Path | None
-    kind: str  # "image", or "speed" for random weights that only show latency
+    kind: str  # "image", "video", or "speed" for random weights that only show latency
     description: str
     available: bool
     reason: str
@@ -27,18 +27,24 @@ class ModelInfo(NamedTuple):
 
 def models() -> list[ModelInfo]:
     """The models that can be picked."""
-    pocket = ASSETS / "pocket-image"
-    there = (pocket / "model_index.json").is_file()
     return [
-        ModelInfo(
-            "pocket-image", pocket, "image", "PixArt-Sigma of 10 M parameters, trained on 3D emoji, 128 pixels.",
-            there, "" if there else "its folder assets/pocket-image is missing; clone the repository again",
+        _embedded("pocket-image", "image", "PixArt-Sigma of 10 M parameters, trained on 3D emoji, 128 pixels."),
+        _embedded(
+            "pocket-video", "video", "Latte of 15 M parameters, trained on moving 3D emoji, 16 frames, 64 pixels.",
+            missing="runs and pages for clips are still to be built; load its folder with diffusers meanwhile",
         ),
         ModelInfo(
             "random-dit", None, "speed", "DiT of 12 layers, 6 heads of 64, 256 tokens, random weights: for speed only.",
             True, "",
         ),
     ]  # fmt: skip
+
+
+def _embedded(name: str, kind: str, description: str, missing: str = "") -> ModelInfo:
+    """A model that comes with the repository; `missing` says what this version lacks for it."""
+    there = (ASSETS / name / "model_index.json").is_file()
+    reason = missing if there else f"its folder assets/{name} is missing; clone the repository again"
+    return ModelInfo(name, ASSETS / name, kind, description, there and not missing, reason)
 
 
 def find_folder(name: str) -> Path | None:

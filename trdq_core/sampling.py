@@ -34,7 +34,7 @@ def join(conditionings: Sequence[Conditioning]) -> Conditioning:
 
 
 class Trajectory(NamedTuple):
-    """One sampled picture: latents after every step, the timesteps, and the seconds that denoising took."""
+    """One sampled picture or clip: latents after every step, the timesteps, and the seconds that denoising took."""
 
     latents: list[Tensor]
     timesteps: list[float]
@@ -57,7 +57,7 @@ class SampledModel(Protocol):
         """The prompts as embeddings."""
 
     def initial_latents(self, seed: int) -> Tensor:
-        """Noise (1, channels, height, width) that depends on the seed alone."""
+        """Noise (1, channels, height, width), or (1, channels, frames, height, width), that depends on the seed alone."""
 
     def denoise(
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
@@ -65,7 +65,7 @@ class SampledModel(Protocol):
         """Run the sampler on latents (n, ...) and n conditionings joined; `on_step` comes after every step and may raise."""
 
     def decode(self, latents: Tensor) -> np.ndarray:
-        """One picture (height, width, 3) uint8."""
+        """One picture (height, width, 3) uint8, or one clip (frames, height, width, 3) uint8."""
 
     def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
         """What the stages of the model's own autoencoder see in pictures (n, height, width, 3) uint8: (n, channels, ...) each."""
@@ -87,7 +87,7 @@ def sample(
     guidance: float,
     on_step: OnStep | None = None,
 ) -> Trajectory:
-    """Sample one picture and keep its latents after every step."""
+    """Sample one picture or clip and keep its latents after every step."""
     latents: list[Tensor] = []
     timesteps: list[float] = []
     outside = 0.0  # spent in `on_step`, on previews and reports: not part of sampling

@@ -14,9 +14,14 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
         from trdq_core.adapters.random_dit import RandomDiT
 
         return RandomDiT(name)
+    shown = name if name != str(folder) else None
+    if _is_video(folder):
+        from trdq_core.adapters.latte import LatteModel
+
+        return LatteModel(folder, shown)
     from trdq_core.adapters.pixart import PixArtModel
 
-    return PixArtModel(folder, name if name != str(folder) else None)
+    return PixArtModel(folder, shown)
 
 
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
@@ -26,6 +31,18 @@ def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
         from trdq_core.adapters.roles import find_linears
 
         return find_linears(build(device="meta"))
-    from trdq_core.adapters.pixart import layers_from_config
+    if _is_video(folder):
+        from trdq_core.adapters import latte
 
-    return layers_from_config(folder)
+        return latte.layers_from_config(folder)
+    from trdq_core.adapters import pixart
+
+    return pixart.layers_from_config(folder)
+
+
+def _is_video(folder: Path) -> bool:
+    """Whether the folder holds a pipeline that makes clips; ModelError if it holds none that is supported."""
+    from trdq_core.adapters import latte, pixart
+    from trdq_core.adapters.folder import check_folder
+
+    return check_folder(folder, (*pixart.PIPELINES, *latte.PIPELINES))["_class_name"] in latte.PIPELINES

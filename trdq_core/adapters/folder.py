@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAMPLE = 1 << 20  # bytes hashed at each end of a weight file
 
 
-def check_folder(folder: Path, known_pipelines: tuple[str, ...]) -> dict[str, object]:
+def check_folder(folder: Path, known_pipelines: Sequence[str]) -> dict[str, object]:
     """The model index of a diffusers folder; ModelError says what is missing, damaged, foreign or refused."""
     if not folder.is_dir():
         raise ModelError(

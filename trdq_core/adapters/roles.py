@@ -8,8 +8,16 @@ from torch import nn
 
 from trdq_core.plan import LayerInfo
 
-# First match wins. Names are those of diffusers' BasicTransformerBlock and its relatives.
+# First match wins. Names are those of diffusers' BasicTransformerBlock and its relatives. Blocks that attend across the
+# frames of a clip have roles of their own: their inputs and their sensitivity are not those of the spatial blocks.
+_TEMPORAL = r"(^|\.)temporal_transformer_blocks\.\d+\."
 _PATTERNS: tuple[tuple[str, str], ...] = (
+    (_TEMPORAL + r"attn1\.to_q$", "temporal_q"),
+    (_TEMPORAL + r"attn1\.to_k$", "temporal_k"),
+    (_TEMPORAL + r"attn1\.to_v$", "temporal_v"),
+    (_TEMPORAL + r"attn1\.to_out\.0$", "temporal_out"),
+    (_TEMPORAL + r"ff\.net\.0\.proj$", "temporal_mlp_in"),
+    (_TEMPORAL + r"ff\.net\.2$", "temporal_mlp_out"),
     (r"attn1\.to_q$", "self_q"),
     (r"attn1\.to_k$", "self_k"),
     (r"attn1\.to_v$", "self_v"),
@@ -25,7 +33,13 @@ _PATTERNS: tuple[tuple[str, str], ...] = (
     (r"(embed|emb|caption_projection)", "embed"),
 )
 # Linears of one attention that read the same tensor: the first named leads.
-_SIBLINGS = {"self_k": "self_q", "self_v": "self_q", "cross_v": "cross_k"}
+_SIBLINGS = {
+    "self_k": "self_q",
+    "self_v": "self_q",
+    "cross_v": "cross_k",
+    "temporal_k": "temporal_q",
+    "temporal_v": "temporal_q",
+}
 
 
 def role_of(name: str) -> str:

@@ -1,0 +1,97 @@
+"""What all pipelines of diffusers have in common here: loading with checks, linears, exchange of the denoiser, digest."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from trdq_core.adapters.folder import check_folder, check_weights, weights_digest
+from trdq_core.adapters.quiet import without_progress_bars
+from trdq_core.adapters.roles import find_linears
+from trdq_core.errors import ModelError
+from trdq_core.plan import LayerInfo
+
+
+class PipelineModel:
+    """A pipeline with a transformer, a decoder and a text encoder. FP32 on a CPU, FP16 on a GPU.
+
+    Subclasses add what differs between families: encoding, initial latents, the call that denoises, decoding.
+    """
+
+    timestep_argument = "timestep"
+
+    def __init__(self, folder: Path, pipelines: Sequence[str], name: str | None = None) -> None:
+        check_folder(folder, pipelines)
+        self._files = sorted((folder / "transformer").glob("*.safetensors"))
+        check_weights(self._files, folder)
+        self.name = name or folder.name
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        try:
+            with without_progress_bars():
+                self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+        except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
+            reason = str(error).strip().splitlines()[0][:200]
+            raise ModelError(
+                f"model {folder.name}: diffusers could not load it ({reason}); copy the folder again."
+            ) from error
+        self.pipeline.to(self.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+        for part in (self.pipeline.transformer, self.pipeline.vae, self.pipeline.text_encoder):
+            part.requires_grad_(False).eval()
+        self.denoiser: nn.Module = self.pipeline.transformer
+
+    def linears(self) -> tuple[LayerInfo, ...]:
+        """Every linear of the transformer with its role."""
+        return find_linears(self.denoiser)
+
+    @torch.no_grad()
+    def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
+        """Outputs of every stage of the autoencoder's encoder for pictures (n, height, width, 3) uint8, fp32 on the CPU."""
+        vae, seen = self.pipeline.vae, []
+        stages = (*vae.encoder.down_blocks, vae.encoder.mid_block)
+        handles = [stage.register_forward_hook(lambda module, args, out: seen.append(out)) for stage in stages]
+        try:
+            values = torch.from_numpy(pictures).to(self.device, vae.dtype).permute(0, 3, 1, 2) / 127.5 - 1
+            vae.encoder(values)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [feature.float().cpu() for feature in seen]
+
+    @contextmanager
+    def using(self, denoiser: nn.Module) -> Iterator[None]:
+        """Sample with another transformer while the context is open."""
+        original = self.pipeline.transformer
+        self.pipeline.transformer = denoiser
+        try:
+            yield
+        finally:
+            self.pipeline.transformer = original
+
+    def fingerprint(self) -> str:
+        """A digest of weights and of how the scheduler is set."""
+        settings = sorted(self.pipeline.scheduler.config.items(), key=lambda item: item[0])
+        text = f"{weights_digest(self._files)}{self.dtype}{settings}"
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def linears_from_config(folder: Path, pipelines: Sequence[str], transformer: type[ModelMixin]) -> tuple[LayerInfo, ...]:
+    """The transformer's linears from its config.json alone, built without memory on the meta device."""
+    check_folder(folder, pipelines)
+    try:
+        config = transformer.load_config(folder / "transformer")
+        with torch.device("meta"):
+            return find_linears(transformer.from_config(config))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise ModelError(
+            f"model {folder.name}: transformer/config.json cannot be used ({reason}); copy the folder again."
+        ) from error
