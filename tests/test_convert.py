@@ -142,6 +142,23 @@ def test_plans_refuse_what_cannot_be(model: PixArtModel) -> None:
         make_plan(model.linears(), wide, backend=BACKEND)
 
 
+@pytest.mark.parametrize(
+    ("method", "words"),
+    [
+        ("q-dit", r"transformer_blocks\.0\.attn1\.to_q: weight group_size=96 does not divide in_features=128"),
+        ("svdquant", r"transformer_blocks\.0\.attn1\.to_q: weight group_size=96 does not divide in_features=128"),
+    ],
+)
+def test_group_sizes_that_do_not_divide_a_width_are_refused(model: PixArtModel, method: str, words: str) -> None:
+    recipe = make_recipe(method, weight_bits=4, activation_bits=4)
+    rule = recipe.rules[0]
+    odd = {name: dataclasses.replace(getattr(rule, name), group_size=96) for name in ("weight", "activation")}
+    with pytest.raises(ShapeError, match=words):
+        make_plan(
+            model.linears(), dataclasses.replace(recipe, rules=(dataclasses.replace(rule, **odd),)), backend=BACKEND
+        )
+
+
 def test_damaged_weights_are_named(model: PixArtModel, make: object) -> None:
     weight = model.denoiser.transformer_blocks[1].ff.net[2].weight
     kept = weight[0, 0].item()
