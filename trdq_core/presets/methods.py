@@ -195,6 +195,12 @@ def _tr_dq_plus(w: int, a: int) -> Ingredients:
     return Ingredients((rule(per_channel(w, range="mse"), activation, *chain, rounding="gptq"),))
 
 
+def _tr_dq_plus_low_rank(w: int, a: int) -> Ingredients:
+    (plain,) = _tr_dq_plus(w, a).rules
+    weight = groups_of(w, 64, range="mse") if w == 4 else plain.weight
+    return Ingredients((dataclasses.replace(plain, weight=weight, low_rank=LowRankSpec(rank=28, iterations=6)),))
+
+
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -272,6 +278,10 @@ METHODS: dict[str, Method] = {
         Method(
             "tr-dq-plus", "Ours: searched smoothing, permutation and Hadamard for each time group, clip search, GPTQ.",
             "this project", _tr_dq_plus, time_grouped=True,
+        ),
+        Method(
+            "tr-dq-plus-low-rank", "Ours with a low-rank branch and groups of 64: more bits a weight, less error.",
+            "this project", _tr_dq_plus_low_rank, time_grouped=True,
         ),
     )
 }  # fmt: skip
