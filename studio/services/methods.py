@@ -36,6 +36,7 @@ METHOD_TITLES = {
     "tr-dq-release-opensora": "TR-DQ released, OpenSora",
     "tr-dq": "TR-DQ",
     "tr-dq-plus": "TR-DQ plus",
+    "tr-dq-plus-low-rank": "TR-DQ plus, low rank",
 }
 SAVED_PREFIX = "saved:"  # before the name of a recipe of the visitor's own, where a method is chosen
 SECOND_PASS_RANGES = ("minmax", "ema", "percentile")  # static ranges that every calibrated value has a part in
