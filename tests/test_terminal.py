@@ -79,6 +79,6 @@ def test_reuse_skipping_and_measured_psnr_are_said_in_lines() -> None:
     assert "attention FLOPs saved 12.5 %" in text
     assert "skips the unconditional branch below timestep 250 (guidance held)" in text
     assert "denoiser FLOPs saved 10.0 %" in text
-    assert "lowest PSNR 36.2 dB over 4 prompts" in text
+    assert "the plan by itself, in full precision: lowest PSNR 36.2 dB over 4 prompts" in text
     same = terminal.report_text({"recipes": {"a": {"sharing": {**plan, "measured_psnr_db": None}}}})
     assert "pictures identical over 4 prompts" in same

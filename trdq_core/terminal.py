@@ -222,7 +222,9 @@ def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:
     if plan.get("measured_prompts"):
         psnr = plan.get("measured_psnr_db")
         found = "pictures identical" if psnr is None else f"lowest PSNR {number(psnr)} dB"
-        lines.append(f"{name}: {found} over {_count(plan['measured_prompts'], 'prompt')}")
+        # Measured when the plan was made, in full precision: no word on the recipe of this line.
+        where = f"over {_count(plan['measured_prompts'], 'prompt')}"
+        lines.append(f"{name}: the plan by itself, in full precision: {found} {where}")
     return lines
 
 
