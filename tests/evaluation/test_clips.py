@@ -17,7 +17,7 @@ from trdq_core.adapters.latte import LatteModel
 from trdq_core.evaluation import tables
 from trdq_core.evaluation.scores import CLIP_SAMPLE_COLUMNS, SAMPLE_COLUMNS
 from trdq_core.presets import parse_recipe
-from trdq_core.specs import RunSpec, SharingSpec
+from trdq_core.specs import RunSpec
 from trdq_core.video_files import read_png_sequence
 
 PROMPTS = ("tiger", "green salad")
@@ -110,11 +110,3 @@ def test_layers_are_scanned_on_clips(tiny_video_folder: Path, tmp_path: Path) ->
     roles = {layer["role"] for layer in report["sensitivity"]["layers"]}
     assert {"temporal_q", "self_q"} <= roles
     assert all(layer["cells"]["W4A8"]["denoiser_error"] > 0 for layer in report["sensitivity"]["layers"])
-
-
-def test_attention_is_measured_and_planned_on_clips(tiny_video_folder: Path, tmp_path: Path) -> None:
-    wish = SharingSpec(target_psnr_db=12.0)
-    report = runs.run(spec_of(tiny_video_folder, command="attention", recipes=(), sharing=wish), tmp_path)
-    assert len(report["similarity"]["block_error"]) == 2, "spatial blocks only"
-    assert report["similarity"]["plan"]["blocks"] == [[0, 1]]
-    assert report["similarity"]["plan"]["measured_prompts"] == 2
