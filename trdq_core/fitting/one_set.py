@@ -115,7 +115,9 @@ def _fit_weights(
         return _searched_by_output(group, transform, transformed, curvature)
     inputs = transform.apply(rows.many) if rule.rounding == "gptq" or rule.low_rank is not None else None
     if rule.low_rank is not None:
-        return _with_low_rank(group, rule.low_rank, transform, transformed, inputs, seed)
+        return _with_low_rank(
+            group, rule.low_rank, transform, transformed, inputs, transform.apply(rows.held_out), seed
+        )
     if rule.rounding == "gptq":
         assert inputs is not None  # transformed above for this
         fitted = FittedSet(transform, _gptq_together(transformed, rule.weight, inputs))
@@ -199,13 +201,14 @@ def _with_low_rank(
     transform: InputTransform,
     transformed: Mapping[str, Tensor],
     inputs: Tensor | None,
+    held_out: Tensor,
     seed: int,
 ) -> FittedSet:
     """The branch is fitted behind the transform and then folded in front of it: T(x) L^T = x (L M^T)^T with T(x) = x M."""
     spec = group.rule.weight
     assert spec is not None and inputs is not None  # the caller transformed the rows for this
     branch = fit_low_rank(
-        list(transformed.values()), spec, low_rank, inputs=inputs, rounding=group.rule.rounding,
+        list(transformed.values()), spec, low_rank, inputs=inputs, held_out=held_out, rounding=group.rule.rounding,
         layers=list(transformed), seed=seed,
     )  # fmt: skip
     matrix = transform.apply(torch.eye(inputs.shape[1], dtype=torch.float64))
