@@ -14,8 +14,9 @@ from trdq_core.plan import InputGroup
 from trdq_core.scale_search import OutputSamples, search_scales
 from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
-from trdq_core.transforms.fit import fit_transform
-from trdq_core.weights.gptq import DAMPING, gptq
+from trdq_core.transforms.fit import find_smoothing, fit_transform
+from trdq_core.transforms.smoothing import Smoothing
+from trdq_core.weights.gptq import DAMPING, gptq, triangular
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
@@ -53,19 +54,34 @@ def fit_chain(
     rows: Rows,
     absmax: Tensor,
     seed: int,
+    smoothing: Smoothing | None = None,
 ) -> InputTransform:
     """The transform of one set. `weights` are (out, in) by layer name, `absmax` (channels,)."""
     return fit_transform(
-        chain,
-        rows=rows.fit,
-        absmax=absmax,
-        weights=list(weights.values()),
-        seed=seed,
-        layer=group.layers[0].name,
-        output_error=lambda candidate: _quick_error(
-            group, candidate, weights, rows.fit[:: -(-len(rows.fit) // SEARCH_ROWS)]
-        ),
-    )
+        chain, rows=rows.fit, absmax=absmax, weights=list(weights.values()), seed=seed, layer=group.layers[0].name,
+        smoothing=smoothing,
+    )  # fmt: skip
+
+
+def search_chain(
+    group: InputGroup,
+    chain: Sequence[TransformSpec],
+    weights: Mapping[str, Tensor],
+    rows: Rows,
+    absmax: Tensor,
+    seed: int,
+) -> Smoothing | None:
+    """The smoothing of all sets of an input, searched on rows and absmax of the whole time axis; None if none is open.
+
+    Each set takes the scales that it makes of the set's own absmax, so time still tells in them.
+    """
+    if not any(spec.kind == "smooth" and spec.alpha is None for spec in chain):
+        return None
+    sample = rows.fit[:: -(-len(rows.fit) // SEARCH_ROWS)]
+    return find_smoothing(
+        chain, rows=rows.fit, absmax=absmax, weights=list(weights.values()), seed=seed, layer=group.layers[0].name,
+        output_error=lambda candidate: _quick_error(group, candidate, weights, sample),
+    )  # fmt: skip
 
 
 def fit_set(
@@ -120,8 +136,7 @@ def _fit_weights(
         )
     if rule.rounding == "gptq":
         assert inputs is not None  # transformed above for this
-        fitted = FittedSet(transform, _gptq_together(transformed, rule.weight, inputs))
-        return _least_overfit(fitted, rule.weight, transformed, inputs, weights, rows)
+        return _rounded_by_gptq(transform, transformed, rule.weight, inputs, weights, rows)
     fitted = {name: quantize_weight(weight, rule.weight, layer=name) for name, weight in transformed.items()}
     if rule.rounding != "adaround":
         return FittedSet(transform, fitted)
@@ -129,25 +144,38 @@ def _fit_weights(
     return FittedSet(transform, fitted, grids=grids)
 
 
-def _gptq_together(
-    transformed: Mapping[str, Tensor], spec: QuantSpec, inputs: Tensor, damping: float = DAMPING
-) -> dict[str, Weight]:
-    """GPTQ of all linears that read one input. Output channels do not know of each other, so one pass does for all."""
-    grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
-    if spec.granularity == "tensor":  # one scale a linear, so they cannot be stacked
-        values = {n: gptq(weight, grids[n], inputs, damping=damping, layer=n) for n, weight in transformed.items()}
-    else:
-        first, stacked = next(iter(transformed)), torch.cat(list(transformed.values()))
-        together = gptq(stacked, fit_grid(stacked, spec, layer=first), inputs, damping=damping, layer=first)
-        parts = together.split([len(weight) for weight in transformed.values()])
-        values = dict(zip(transformed, parts, strict=True))
-    return {name: grids[name].encode(value) for name, value in values.items()}
+class _Gptq(NamedTuple):
+    """All linears that read one input, stacked for GPTQ: output channels do not know of each other, so one pass does for all."""
+
+    transformed: Mapping[str, Tensor]
+    grids: Mapping[str, WeightGrid]
+    stacked: WeightGrid | None  # None where a linear has one scale: those cannot be stacked
+    inputs: Tensor
+
+    def rounded(self, damping: float) -> dict[str, Weight]:
+        """Every linear's weight on its grid."""
+        if self.stacked is None:
+            values = {
+                name: gptq(weight, self.grids[name], self.inputs, damping=damping, layer=name)
+                for name, weight in self.transformed.items()
+            }
+        else:
+            first, together = next(iter(self.transformed)), torch.cat(list(self.transformed.values()))
+            parts = gptq(together, self.stacked, self.inputs, damping=damping, layer=first).split(
+                [len(weight) for weight in self.transformed.values()]
+            )
+            values = dict(zip(self.transformed, parts, strict=True))
+        return {name: self.grids[name].encode(value) for name, value in values.items()}
+
+    def nearest(self) -> dict[str, Weight]:
+        """Every linear's weight rounded to nearest."""
+        return {name: grid.encode(grid.nearest(self.transformed[name].double())) for name, grid in self.grids.items()}
 
 
-def _least_overfit(
-    fitted: FittedSet,
-    spec: QuantSpec,
+def _rounded_by_gptq(
+    transform: InputTransform,
     transformed: Mapping[str, Tensor],
+    spec: QuantSpec,
     inputs: Tensor,
     weights: Mapping[str, Tensor],
     rows: Rows,
@@ -155,12 +183,20 @@ def _least_overfit(
     """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
     damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
     exact = InputGrid(None)
+    grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
+    first = next(iter(transformed))
+    together = None
+    if spec.granularity != "tensor":
+        together = (
+            grids[first] if len(grids) == 1 else fit_grid(torch.cat(list(transformed.values())), spec, layer=first)
+        )
+    rounding = _Gptq(transformed, grids, together, triangular(inputs))
+    fitted = FittedSet(transform, rounding.rounded(DAMPING))
     (seen, size), (unseen, other_size) = (_error(fitted, weights, part, exact) for part in (rows.fit, rows.held_out))
     if unseen * size <= OVERFIT * seen * other_size:
         return fitted
-    nearest = {name: quantize_weight(weight, spec, layer=name) for name, weight in transformed.items()}
-    damped = [_gptq_together(transformed, spec, inputs, damping) for damping in DAMPINGS]
-    candidates = [fitted, *(fitted._replace(weights=rounded) for rounded in (nearest, *damped))]
+    damped = [rounding.rounded(damping) for damping in DAMPINGS]
+    candidates = [fitted, *(fitted._replace(weights=rounded) for rounded in (rounding.nearest(), *damped))]
     return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact)[0])
 
 

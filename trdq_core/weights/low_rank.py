@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.specs import LowRankSpec, QuantSpec, Rounding
-from trdq_core.weights.gptq import DAMPING, gptq
+from trdq_core.weights.gptq import DAMPING, gptq, triangular
 from trdq_core.weights.grids import fit_grid
 from trdq_core.weights.stored import Weight
 
@@ -195,5 +195,4 @@ def _checked(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[s
         )
     if not torch.isfinite(inputs).all():
         raise CalibrationError(f"{names[0]}: its sampled inputs hold NaN or infinity; calibrate the model again.")
-    rows = inputs.detach().double()
-    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+    return triangular(inputs)
