@@ -16,10 +16,11 @@ from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.fit import find_smoothing, fit_transform
 from trdq_core.transforms.smoothing import Smoothing
-from trdq_core.weights.gptq import DAMPING, gptq, triangular
+from trdq_core.weights.gptq import triangular
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
+from trdq_core.weights.stacked import StackedWeights
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 OVERFIT = 1.3  # error on other prompts over that on the rows fitted on, above which GPTQ is damped
@@ -144,34 +145,6 @@ def _fit_weights(
     return FittedSet(transform, fitted, grids=grids)
 
 
-class _Gptq(NamedTuple):
-    """All linears that read one input, stacked for GPTQ: output channels do not know of each other, so one pass does for all."""
-
-    transformed: Mapping[str, Tensor]
-    grids: Mapping[str, WeightGrid]
-    stacked: WeightGrid | None  # None where a linear has one scale: those cannot be stacked
-    inputs: Tensor
-
-    def rounded(self, damping: float) -> dict[str, Weight]:
-        """Every linear's weight on its grid."""
-        if self.stacked is None:
-            values = {
-                name: gptq(weight, self.grids[name], self.inputs, damping=damping, layer=name)
-                for name, weight in self.transformed.items()
-            }
-        else:
-            first, together = next(iter(self.transformed)), torch.cat(list(self.transformed.values()))
-            parts = gptq(together, self.stacked, self.inputs, damping=damping, layer=first).split(
-                [len(weight) for weight in self.transformed.values()]
-            )
-            values = dict(zip(self.transformed, parts, strict=True))
-        return {name: self.grids[name].encode(value) for name, value in values.items()}
-
-    def nearest(self) -> dict[str, Weight]:
-        """Every linear's weight rounded to nearest."""
-        return {name: grid.encode(grid.nearest(self.transformed[name].double())) for name, grid in self.grids.items()}
-
-
 def _rounded_by_gptq(
     transform: InputTransform,
     transformed: Mapping[str, Tensor],
@@ -182,21 +155,17 @@ def _rounded_by_gptq(
 ) -> FittedSet:
     """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
     damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
-    exact = InputGrid(None)
-    grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
-    first = next(iter(transformed))
-    together = None
-    if spec.granularity != "tensor":
-        together = (
-            grids[first] if len(grids) == 1 else fit_grid(torch.cat(list(transformed.values())), spec, layer=first)
-        )
-    rounding = _Gptq(transformed, grids, together, triangular(inputs))
-    fitted = FittedSet(transform, rounding.rounded(DAMPING))
+    exact, moments, stacked = InputGrid(None), triangular(inputs), StackedWeights(transformed, spec)
+
+    def encoded(values: Mapping[str, Tensor]) -> FittedSet:
+        return FittedSet(transform, {name: stacked.grids[name].encode(each) for name, each in values.items()})
+
+    fitted = encoded(stacked.gptq(moments))
     (seen, size), (unseen, other_size) = (_error(fitted, weights, part, exact) for part in (rows.fit, rows.held_out))
     if unseen * size <= OVERFIT * seen * other_size:
         return fitted
-    damped = [rounding.rounded(damping) for damping in DAMPINGS]
-    candidates = [fitted, *(fitted._replace(weights=rounded) for rounded in (rounding.nearest(), *damped))]
+    others = [stacked.nearest(), *(stacked.gptq(moments, damping) for damping in DAMPINGS)]
+    candidates = [fitted, *map(encoded, others)]
     return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact)[0])
 
 

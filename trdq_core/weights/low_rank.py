@@ -15,12 +15,13 @@ from torch import Tensor
 
 from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.specs import LowRankSpec, QuantSpec, Rounding
-from trdq_core.weights.gptq import DAMPING, gptq, triangular
-from trdq_core.weights.grids import fit_grid
+from trdq_core.weights.gptq import DAMPING, triangular
+from trdq_core.weights.stacked import StackedWeights
 from trdq_core.weights.stored import Weight
 
 OVERSAMPLING = 16  # columns of the random sketch beyond the rank
 POWER_ITERATIONS = 4  # enough for 1 % of the exact residual even where singular values fall slowly
+HOPELESS = 2.0  # a candidate with so many times the best error of rounding to nearest is not rounded by GPTQ
 DAMPINGS = (DAMPING, 0.1, 1.0)  # of GPTQ and of the metric of a refit, in shares of the mean squared input
 
 
@@ -79,7 +80,7 @@ def fit_low_rank(
     or give way to rounding to nearest, and `low_rank.refit` may fit the branch once more to what the rounding left over.
     `layers` names the weights in messages, `layer` all of them.
     """
-    names = list(layers) if layers is not None else [layer] * len(weights)
+    names = list(layers) if layers is not None else [layer, *(f"{layer} {n}" for n in range(2, len(weights) + 1))]
     weights = [weight.detach().double() for weight in weights]
     rows = _checked(weights, inputs, names)
     judge = rows if held_out is None else _checked(weights, held_out, names)
@@ -95,7 +96,9 @@ def fit_low_rank(
     candidates = [without] if kept is None else [without, kept]
     if rounding == "gptq":
         dampings = DAMPINGS[:1] if held_out is None else DAMPINGS
-        rounded = [problem.gptq(fit, damping) for fit in candidates for damping in dampings]
+        least = min(fit.judged for fit in candidates)
+        hopeful = [fit for fit in candidates if fit.judged <= HOPELESS * least or held_out is None]
+        rounded = [problem.gptq(fit, damping) for fit in hopeful for damping in dampings]
         candidates = rounded if held_out is None else [*candidates, *rounded]
     without = min((fit for fit in candidates if not fit.iteration), key=lambda fit: fit.judged)
     best = min(candidates, key=lambda fit: fit.judged)
@@ -111,7 +114,7 @@ class _Candidate(NamedTuple):
     down: Tensor  # (rank, in) fp32
     up: Tensor  # (all outs, rank) fp32
     rounded: Tensor  # (all outs, in) float64, values on the grids of `residual`
-    residual: Tensor  # (all outs, in) float64, what was rounded
+    residual: StackedWeights  # what was rounded
     error: float
     judged: float
     iteration: int
@@ -139,17 +142,14 @@ class _Problem(NamedTuple):
         """A branch, and the rest rounded to nearest."""
         down, up = down.float(), up.float()
         residual = self.stacked - up.double() @ down.double()
-        grids = [fit_grid(part, self.spec, layer=name) for part, name in self._parts(residual)]
-        rounded = [grid.nearest(part) for grid, (part, _) in zip(grids, self._parts(residual), strict=True)]
-        return self._candidate(down, up, torch.cat(rounded), residual, iteration)
+        parts = residual.split([len(weight) for weight in self.weights])
+        stacked = StackedWeights(dict(zip(self.names, parts, strict=True)), self.spec)
+        return self._candidate(down, up, torch.cat(list(stacked.nearest().values())), stacked, iteration)
 
     def gptq(self, fit: _Candidate, damping: float) -> _Candidate:
         """The same branch, the rest rounded by GPTQ."""
-        rounded = [
-            gptq(part, fit_grid(part, self.spec, layer=name), self.rows, damping=damping, layer=name)
-            for part, name in self._parts(fit.residual)
-        ]
-        return self._candidate(fit.down, fit.up, torch.cat(rounded), fit.residual, fit.iteration)
+        rounded = torch.cat(list(fit.residual.gptq(self.rows, damping).values()))
+        return self._candidate(fit.down, fit.up, rounded, fit.residual, fit.iteration)
 
     def refit(self, fit: _Candidate, rank: int, damping: float, seed: int) -> _Candidate:
         """The same rounded rest, the branch that is best for it in the metric of the inputs: SVD_r((W - Q) C) C^-1 with
@@ -164,17 +164,14 @@ class _Problem(NamedTuple):
 
     def result(self, best: _Candidate, without: _Candidate) -> LowRankFit:
         """What is stored of the best candidate."""
-        encoded = tuple(
-            fit_grid(part, self.spec, layer=name).encode(rounded)
-            for (part, name), (rounded, _) in zip(self._parts(best.residual), self._parts(best.rounded), strict=True)
-        )
-        ups = tuple(best.up.split([len(weight) for weight in self.weights]))
-        return LowRankFit(best.down, ups, encoded, best.error, without.error, best.iteration)
+        sizes = [len(weight) for weight in self.weights]
+        grids = best.residual.grids.values()
+        encoded = tuple(grid.encode(part) for grid, part in zip(grids, best.rounded.split(sizes), strict=True))
+        return LowRankFit(best.down, tuple(best.up.split(sizes)), encoded, best.error, without.error, best.iteration)
 
-    def _parts(self, stacked: Tensor) -> list[tuple[Tensor, str]]:
-        return list(zip(stacked.split([len(weight) for weight in self.weights]), self.names, strict=True))
-
-    def _candidate(self, down: Tensor, up: Tensor, rounded: Tensor, residual: Tensor, iteration: int) -> _Candidate:
+    def _candidate(
+        self, down: Tensor, up: Tensor, rounded: Tensor, residual: StackedWeights, iteration: int
+    ) -> _Candidate:
         change = up.double() @ down.double() + rounded - self.stacked
         errors = [float((rows @ change.T).square().sum()) for rows in (self.rows, self.judge)]
         return _Candidate(down, up, rounded, residual, *errors, iteration)
