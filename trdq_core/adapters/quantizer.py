@@ -15,7 +15,6 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from trdq_core import __version__
 from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
@@ -48,7 +47,6 @@ class TRDQConfig(QuantizationConfigMixin):
         *,
         dtype: str | None = None,
         format_version: int = FORMAT_VERSION,
-        library_version: str = __version__,
         quant_method: str = TRDQMethod.TRDQ,
         **unknown: Any,
     ) -> None:
@@ -66,14 +64,12 @@ class TRDQConfig(QuantizationConfigMixin):
         self.calibration = None if calibration is None else Path(calibration)
         self.dtype = dtype
         self.format_version = format_version
-        self.library_version = library_version
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json holds: plain JSON values, no path of this machine."""
         return {
             "quant_method": self.quant_method.value,
             "format_version": self.format_version,
-            "library_version": self.library_version,
             "dtype": self.dtype,
             "recipe": self.recipe.to_dict(),
         }
@@ -125,6 +121,10 @@ class TRDQQuantizer(DiffusersQuantizer):
         if checkpoint.manifest.recipe != self.quantization_config.recipe:
             raise CheckpointError(
                 f"{where}: config.json names another recipe than the weights were made with; copy the folder again."
+            )
+        if checkpoint.manifest.dtype != self.quantization_config.dtype:
+            raise CheckpointError(
+                f"{where}: config.json names another type than the weights were saved in; copy the folder again."
             )
 
     def check_if_quantized_param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,10 @@ def open_checkpoint(files: Sequence[str | Path]) -> Checkpoint:
     for path in paths:
         try:
             with safe_open(path, "pt") as stored:
-                texts.add((stored.metadata() or {}).get(KEY))
+                metadata = stored.metadata() or {}
+                texts.add(metadata.get(KEY))
+                if set(metadata) - {KEY} != {"format"} or metadata["format"] != "pt":
+                    raise CheckpointError(f"{path.name}: its header is not one that saving writes; copy it again.")
                 for name in stored.keys():  # noqa: SIM118 - the handle is no mapping
                     if name in places:
                         raise CheckpointError(f"{path.name}: {name:.100} stands in two files; copy the folder again.")
@@ -65,8 +69,11 @@ def open_checkpoint(files: Sequence[str | Path]) -> Checkpoint:
         )
     if len(texts) > 1:
         raise CheckpointError(f"{where}: the shards belong to different checkpoints; copy all of one folder again.")
-    manifest = read_manifest(texts.pop(), where)
+    text = texts.pop()
+    manifest = read_manifest(text, where)
     _check_table(manifest, found, where)
+    if len(paths) > 1:
+        _check_index(paths[0].parent, text, places)
     return Checkpoint(tuple(paths), manifest, places)
 
 
@@ -120,6 +127,21 @@ def _check_names(paths: Sequence[Path]) -> None:
             )
         if path.parent != paths[0].parent or ".." in path.parts:
             raise CheckpointError(f"{path.name:.100}: a shard outside the model's folder is not read; copy it again.")
+
+
+def _check_index(folder: Path, text: str, places: Mapping[str, Path]) -> None:
+    """The index beside the shards says the same as their headers."""
+    for file in folder.glob("*.safetensors.index.json"):
+        try:
+            index = json.loads(file.read_text(encoding="utf-8"))
+            told, metadata = index["weight_map"], index["metadata"]
+            same = told == {name: path.name for name, path in places.items()} and metadata[KEY] == text
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+            raise CheckpointError(f"{file.name}: it cannot be read ({str(error)[:80]}); copy it again.") from error
+        if not same:
+            raise CheckpointError(
+                f"{file.name}: it says something else than the shards' headers; copy the folder again."
+            )
 
 
 def _check_table(manifest: Manifest, found: Mapping[str, tuple[Any, tuple[int, ...]]], where: str) -> None:

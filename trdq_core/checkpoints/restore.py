@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -111,6 +112,10 @@ def _check_model(denoiser: nn.Module, manifest: Manifest, config: Mapping[str, A
     if type(denoiser).__name__ != manifest.model_class:
         raise CheckpointError(
             f"it holds a {manifest.model_class:.60} and was loaded as {type(denoiser).__name__}; use the class it is of."
+        )
+    if manifest.argument not in inspect.signature(denoiser.forward).parameters:
+        raise CheckpointError(
+            f"its timestep argument {manifest.argument!r:.60} is none of this model's; copy it again."
         )
     here = plain_config(config)
     changed = sorted(key for key, value in dict(manifest.config).items() if here.get(key) != value)
