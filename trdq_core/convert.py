@@ -26,7 +26,7 @@ from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 
 
 @dataclass
@@ -104,7 +104,7 @@ def convert(
     *,
     backend: dispatch.Backend,
     storage_folder: Path,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
     seed: int = 0,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
@@ -155,7 +155,7 @@ def convert(
 
 
 def convert_sharing_only(
-    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: str = "timestep"
+    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: TimeArgument | str = "timestep"
 ) -> Conversion:
     """A full-precision copy that only shares attention: nothing is fitted, so it takes no statistics."""
     assert recipe.sharing is not None and not recipe.quantized  # the caller asked for nothing else

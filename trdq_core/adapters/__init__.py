@@ -15,13 +15,14 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
 
         return RandomDiT(name)
     shown = name if name != str(folder) else None
-    if _is_video(folder):
-        from trdq_core.adapters.latte import LatteModel
+    from trdq_core.adapters import generic, latte, pixart
 
-        return LatteModel(folder, shown)
-    from trdq_core.adapters.pixart import PixArtModel
-
-    return PixArtModel(folder, shown)
+    kind = _pipeline_of(folder)
+    if kind in latte.PIPELINES:
+        return latte.LatteModel(folder, shown)
+    if kind in pixart.PIPELINES:
+        return pixart.PixArtModel(folder, shown)
+    return generic.TransformerModel(folder, shown)
 
 
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
@@ -31,18 +32,13 @@ def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
         from trdq_core.adapters.roles import find_linears
 
         return find_linears(build(device="meta"))
-    if _is_video(folder):
-        from trdq_core.adapters import latte
+    from trdq_core.adapters.generic import layers_from_config
 
-        return latte.layers_from_config(folder)
-    from trdq_core.adapters import pixart
-
-    return pixart.layers_from_config(folder)
+    return layers_from_config(folder)
 
 
-def _is_video(folder: Path) -> bool:
-    """Whether the folder holds a pipeline that makes clips; ModelError if it holds none that is supported."""
-    from trdq_core.adapters import latte, pixart
+def _pipeline_of(folder: Path) -> str:
+    """The class of the pipeline in a folder; ModelError if its denoiser is no transformer."""
     from trdq_core.adapters.folder import check_folder
 
-    return check_folder(folder, (*pixart.PIPELINES, *latte.PIPELINES))["_class_name"] in latte.PIPELINES
+    return str(check_folder(folder, None)["_class_name"])

@@ -1,0 +1,298 @@
+"""Any pipeline of diffusers whose denoiser is a transformer, sampled through its own stock call."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Self
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from trdq_core.adapters.branch_tags import tagged
+from trdq_core.adapters.families import CALL_SETTINGS, GuidanceLayout, family_of
+from trdq_core.adapters.folder import check_folder
+from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
+from trdq_core.adapters.probe import STEPS, Branches, Call, layout_of, time_of, traced_inputs
+from trdq_core.adapters.roles import find_linears
+from trdq_core.adapters.stock_call import (
+    Answer,
+    Halt,
+    encode,
+    parameters_of,
+    replaced,
+    silent_denoiser,
+)
+from trdq_core.adapters.stock_run import StockRun
+from trdq_core.errors import ModelError
+from trdq_core.plan import LayerInfo
+from trdq_core.sampling import Conditioning, OnStep
+from trdq_core.timegroups import TimeArgument
+
+_WATCHED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError)
+
+
+class TransformerModel(PipelineModel):
+    """A pipeline with a transformer as something that can be calibrated and compared. FP32 on a CPU, FP16 on a GPU.
+
+    `size` holds height and width in pixels and frames, where they are not the pipeline's own. Prompts are encoded once and
+    kept; `provide` hands over embeddings, so a pipeline without text encoders will do.
+    """
+
+    def __init__(self, folder: Path, name: str | None = None, size: Mapping[str, int] | None = None) -> None:
+        index = check_folder(folder, None)
+        if not hasattr(diffusers, str(index["_class_name"])):
+            raise ModelError(
+                f"model {folder.name}: its pipeline {index['_class_name']} is not one of diffusers {diffusers.__version__}; "
+                "pipelines with code of their own are not run, update diffusers if it is newer."
+            )
+        super().__init__(folder, None, name)
+        self._begin(size)
+
+    @classmethod
+    def of(cls, pipeline: DiffusionPipeline, name: str, size: Mapping[str, int] | None = None) -> Self:
+        """A pipeline that is loaded already, where it lies; ModelError if its denoiser is no transformer."""
+        model = cls.__new__(cls)
+        transformer = getattr(pipeline, "transformer", None)
+        if not isinstance(transformer, nn.Module):
+            unet = "a UNet" if getattr(pipeline, "unet", None) is not None else "none"
+            raise ModelError(f"model {name}: its denoiser is {unet}; only transformer denoisers are quantized here.")
+        model.name, model.pipeline, model._files = name, pipeline, []
+        model._settle(next(transformer.parameters()).device, next(transformer.parameters()).dtype)
+        model._begin(size)
+        return model
+
+    def _begin(self, size: Mapping[str, int] | None) -> None:
+        self._run = StockRun(self.pipeline, size or {})
+        self._encoded: dict[str, Conditioning] = {}
+        self._found: dict[str, Any] = {}  # what was probed, once
+
+    # What there is
+
+    def linears(self) -> tuple[LayerInfo, ...]:
+        """Every linear of the transformer with its role. In families nobody has seen, shared inputs are traced in one call
+        of the denoiser; in the others they follow from names, which a test compares with the trace."""
+        if "linears" not in self._found:
+            layers = find_linears(self.denoiser)
+            self._found["linears"] = layers if family_of(self.denoiser) else self.traced(layers)
+        return self._found["linears"]
+
+    def traced(self, layers: Sequence[LayerInfo]) -> tuple[LayerInfo, ...]:
+        """The layers with the leaders that one call of the denoiser shows."""
+
+        def halt(*seen: Any) -> None:
+            raise Halt
+
+        def run() -> None:
+            handle = self.denoiser.register_forward_hook(halt)
+            try:
+                self._run(self._any_conditioning(), None, steps=1, guidance=1.0)
+            except Halt:
+                pass
+            finally:
+                handle.remove()
+
+        return traced_inputs(self.denoiser, run, layers)
+
+    @property
+    def timestep_argument(self) -> TimeArgument:  # type: ignore[override]
+        """How the denoiser is told the time: from the table of families, else found by a probe."""
+        if "time" not in self._found:
+            family = family_of(self.denoiser)
+            self._found["time"] = (
+                self.probed_time() if family is None else self._known_time(family.scale, family.flipped)
+            )
+        return self._found["time"]
+
+    def _known_time(self, scale: float, flipped: bool) -> TimeArgument:
+        names = list(parameters_of(type(self.denoiser).forward))
+        name = "timestep" if "timestep" in names else "t"
+        scale /= float(self.denoiser.config.get("timestep_scale") or 1.0)
+        return TimeArgument(name, names.index(name), scale, flipped)
+
+    def probed_time(self) -> TimeArgument:
+        """What a run with a silent denoiser shows of the time axis."""
+        return time_of(self._probe(1.0), self.denoiser)
+
+    @property
+    def guidance_layout(self) -> GuidanceLayout:
+        """How the pipeline runs the guidance branches."""
+        if "layout" not in self._found:
+            family = family_of(self.denoiser)
+            self._found["layout"] = self.probed_layout() if family is None else family.layout
+        return "embedded" if self._run.embeds_guidance else self._found["layout"]
+
+    def probed_layout(self) -> GuidanceLayout:
+        """What a run with a silent denoiser shows of the guidance branches."""
+        calls = self._probe(3.0)
+        return layout_of([call for call in calls if call.timestep == calls[0].timestep], self._branches())
+
+    def _probe(self, guidance: float) -> list[Call]:
+        """The calls of the denoiser in a few steps. Nothing is computed."""
+        calls: list[Call] = []
+        timesteps: list[float] = []
+
+        def step(prediction: Any, timestep: Any, latents: Tensor, *args: Any, **kwargs: Any) -> Answer:
+            fresh = calls[len(timesteps) :]
+            calls[len(timesteps) :] = [call._replace(timestep=float(timestep)) for call in fresh]
+            timesteps.extend([float(timestep)] * len(fresh))
+            return Answer((latents, latents))
+
+        with (
+            silent_denoiser(self.denoiser, lambda args, kwargs: calls.append(Call(args, kwargs, 0.0))),
+            replaced(self.pipeline.scheduler, "step", step),
+        ):
+            self._run(self._any_conditioning(), None, steps=STEPS, guidance=guidance)
+        return calls
+
+    # Prompts
+
+    def provide(self, prompt: str, tensors: Mapping[str, Tensor]) -> None:
+        """Hand over the embeddings of a prompt, by the names of the pipeline's call: (1, tokens, width) and so on."""
+        unknown = sorted(set(tensors) - set(self._run.taken))
+        if unknown:
+            raise ModelError(
+                f"model {self.name}: its pipeline takes no {', '.join(unknown)}; the names are those of its call, such as "
+                f"{', '.join(name for name in self._run.taken if 'embeds' in name)[:200]}."
+            )
+        moved = {
+            name: one.to(self.device, self.dtype if one.is_floating_point() else None) for name, one in tensors.items()
+        }
+        self._encoded[prompt] = Conditioning(prompt, moved)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """Each prompt and the empty one as embeddings, as the pipeline's own call would encode them."""
+        for prompt in prompts:
+            if prompt not in self._encoded:
+                self.provide(prompt, self._class_of(prompt) if self._run.by_class else self._embeddings(prompt))
+        return [self._encoded[prompt] for prompt in prompts]
+
+    def _class_of(self, prompt: str) -> dict[str, Tensor]:
+        """The class that a prompt names, by number or by label."""
+        labels = getattr(self.pipeline, "labels", None) or {}
+        count = int(self.denoiser.config.get("num_embeds_ada_norm") or 1000)
+        number = int(prompt) if prompt.strip().isdigit() else labels.get(prompt.strip(), -1)
+        if not 0 <= number < count:
+            raise ModelError(
+                f"model {self.name}: it draws one of {count} classes, and {prompt!r} names none; give a class number from 0 to "
+                f"{count - 1}{' or one of its labels' if labels else ''}."
+            )
+        return {"class_labels": torch.tensor([number])}
+
+    def _embeddings(self, prompt: str) -> dict[str, Tensor]:
+        encoders = [name for name in self.pipeline.components if name.startswith("text_encoder")]
+        if encoders and all(getattr(self.pipeline, name, None) is None for name in encoders):
+            raise ModelError(
+                f"model {self.name}: it has no text encoder, so {prompt!r} cannot be encoded; hand over its embeddings with "
+                "provide(prompt, tensors)."
+            )
+        settings = {**CALL_SETTINGS, "prompt": prompt, "negative_prompt": "", "device": self.device}
+        with _one_sentence(f"model {self.name}: {prompt!r} could not be encoded"):
+            held = encode(self.pipeline, settings)
+        return {name: _stacked(value) for name, value in held.items() if isinstance(value, (Tensor, list, tuple))}
+
+    def _any_conditioning(self) -> Conditioning:
+        if not self._encoded:
+            self.encode(["0" if self._run.by_class else ""])
+        return next(iter(self._encoded.values()))
+
+    def _branches(self) -> Branches:
+        return Branches.of(self._any_conditioning().tensors)
+
+    # Sampling
+
+    @torch.no_grad()
+    def initial_latents(self, seed: int) -> Tensor:
+        """The latents that the pipeline itself would draw from a CPU generator of that seed, packed as it packs them."""
+        if not hasattr(self.pipeline, "prepare_latents"):
+            config, generator = self.denoiser.config, torch.Generator().manual_seed(seed)
+            shape = (1, config.in_channels, config.sample_size, config.sample_size)
+            return torch.randn(shape, generator=generator).to(self.device, self.dtype)
+        drawn: list[Tensor] = []
+
+        def prepared(*args: Any, **kwargs: Any) -> None:
+            latents = before(*args, **kwargs)
+            drawn.append(latents[0] if isinstance(latents, tuple) else latents)
+            raise Halt
+
+        with replaced(self.pipeline, "prepare_latents", prepared) as before, suppress(Halt):
+            self._run(self._any_conditioning(), None, steps=1, guidance=1.0, seed=seed)
+        return drawn[0]
+
+    @torch.no_grad()
+    def denoise(
+        self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
+    ) -> Tensor:
+        """Final latents, shaped as `initial_latents`; `on_step` sees them after every step and may raise to stop."""
+        layout = self.guidance_layout if guidance > 1 else None
+        with tagged(self.pipeline.transformer, layout, Branches.of(conditioning.tensors)) as end_of_step:
+
+            def after(step: int, timestep: float, value: Tensor) -> None:
+                end_of_step()
+                on_step(step, timestep, value)
+
+            return self._run(conditioning, latents.clone(), steps=steps, guidance=guidance, on_step=after)
+
+    # Pictures
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> np.ndarray:
+        """The picture (height, width, 3) or clip (frames, height, width, 3) uint8 that the stock call makes of latents."""
+
+        def step(*args: Any, **kwargs: Any) -> Answer:
+            both = torch.cat([latents] * (len(args[2]) // len(latents))) if len(args) > 2 else latents
+            return Answer((both, both))
+
+        with (
+            silent_denoiser(self.denoiser, lambda args, kwargs: None),
+            replaced(self.pipeline.scheduler, "step", step),
+            replaced(self.pipeline, "transformer", self.denoiser),
+        ):
+            made = self._run(self._any_conditioning(), latents.clone(), steps=1, guidance=1.0, output="np")
+        values = np.asarray(made[0] if isinstance(made, (list, tuple, np.ndarray)) else made, dtype=np.float32)
+        return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+
+    def fingerprint(self) -> str:
+        """A digest of weights, size and of how the scheduler is set."""
+        if self._files:
+            return hashlib.sha256(f"{super().fingerprint()}{sorted(self._run.size.items())}".encode()).hexdigest()[:16]
+        digest = hashlib.sha256(
+            repr((sorted(self.pipeline.scheduler.config.items()), sorted(self._run.size.items()))).encode()
+        )
+        for name, value in self.denoiser.state_dict().items():
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}{value.double().sum().item()}".encode())
+        return digest.hexdigest()[:16]
+
+
+def _stacked(value: Tensor | Sequence[Tensor]) -> Tensor:
+    """Embeddings as one tensor; pipelines that take a list of them are handed one again."""
+    return value if isinstance(value, Tensor) else torch.stack(list(value))
+
+
+@contextmanager
+def _one_sentence(what: str) -> Iterator[None]:
+    """Errors of the libraries as one sentence."""
+    try:
+        yield
+    except _WATCHED as error:
+        if isinstance(error, ModelError):
+            raise
+        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{what} ({reason}); choose another model or update diffusers.") from error
+
+
+def layers_from_config(folder: Path) -> tuple[LayerInfo, ...]:
+    """The linears of the transformer in a pipeline's folder from its config.json alone, built on the meta device."""
+    kind = check_folder(folder, None)["transformer"][1]
+    transformer = getattr(diffusers, kind, None)
+    if transformer is None:
+        raise ModelError(
+            f"model {folder.name}: its transformer {kind} is not one of diffusers {diffusers.__version__}; update diffusers."
+        )
+    return linears_from_config(folder, None, transformer)
