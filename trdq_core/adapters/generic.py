@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,15 +15,15 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from trdq_core.adapters.branch_tags import tagged
-from trdq_core.adapters.families import CALL_SETTINGS, GuidanceLayout, family_of
+from trdq_core.adapters.families import GuidanceLayout, family_of
 from trdq_core.adapters.folder import check_folder
 from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
 from trdq_core.adapters.probe import STEPS, Branches, Call, layout_of, time_of, traced_inputs
+from trdq_core.adapters.prompts import Prompts, one_sentence
 from trdq_core.adapters.roles import find_linears
 from trdq_core.adapters.stock_call import (
     Answer,
     Halt,
-    encode,
     parameters_of,
     replaced,
     silent_denoiser,
@@ -33,8 +33,6 @@ from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import Conditioning, OnStep
 from trdq_core.timegroups import TimeArgument
-
-_WATCHED = (OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, IndexError)
 
 
 class TransformerModel(PipelineModel):
@@ -69,7 +67,7 @@ class TransformerModel(PipelineModel):
 
     def _begin(self, size: Mapping[str, int] | None) -> None:
         self._run = StockRun(self.pipeline, size or {})
-        self._encoded: dict[str, Conditioning] = {}
+        self._prompts = Prompts(self._run, self.name, self.device, self.dtype)
         self._found: dict[str, Any] = {}  # what was probed, once
 
     # What there is
@@ -91,7 +89,7 @@ class TransformerModel(PipelineModel):
         def run() -> None:
             handle = self.denoiser.register_forward_hook(halt)
             try:
-                self._run(self._any_conditioning(), None, steps=1, guidance=1.0)
+                self._run(self._prompts.any(), None, steps=1, guidance=1.0)
             except Halt:
                 pass
             finally:
@@ -117,7 +115,7 @@ class TransformerModel(PipelineModel):
 
     def probed_time(self) -> TimeArgument:
         """What a run with a silent denoiser shows of the time axis."""
-        return time_of(self._probe(1.0), self.denoiser)
+        return time_of(self._probe(1.0, self._prompts.any()), self.denoiser)
 
     @property
     def guidance_layout(self) -> GuidanceLayout:
@@ -129,10 +127,12 @@ class TransformerModel(PipelineModel):
 
     def probed_layout(self) -> GuidanceLayout:
         """What a run with a silent denoiser shows of the guidance branches."""
-        calls = self._probe(3.0)
-        return layout_of([call for call in calls if call.timestep == calls[0].timestep], self._branches())
+        different = self._prompts.noise()
+        calls = self._probe(3.0, different)
+        first = [call for call in calls if call.timestep == calls[0].timestep]
+        return layout_of(first, Branches.of(different.tensors))
 
-    def _probe(self, guidance: float) -> list[Call]:
+    def _probe(self, guidance: float, conditioning: Conditioning) -> list[Call]:
         """The calls of the denoiser in a few steps. Nothing is computed."""
         calls: list[Call] = []
         timesteps: list[float] = []
@@ -147,63 +147,18 @@ class TransformerModel(PipelineModel):
             silent_denoiser(self.denoiser, lambda args, kwargs: calls.append(Call(args, kwargs, 0.0))),
             replaced(self.pipeline.scheduler, "step", step),
         ):
-            self._run(self._any_conditioning(), None, steps=STEPS, guidance=guidance)
+            self._run(conditioning, None, steps=STEPS, guidance=guidance)
         return calls
 
     # Prompts
 
     def provide(self, prompt: str, tensors: Mapping[str, Tensor]) -> None:
         """Hand over the embeddings of a prompt, by the names of the pipeline's call: (1, tokens, width) and so on."""
-        unknown = sorted(set(tensors) - set(self._run.taken))
-        if unknown:
-            raise ModelError(
-                f"model {self.name}: its pipeline takes no {', '.join(unknown)}; the names are those of its call, such as "
-                f"{', '.join(name for name in self._run.taken if 'embeds' in name)[:200]}."
-            )
-        moved = {
-            name: one.to(self.device, self.dtype if one.is_floating_point() else None) for name, one in tensors.items()
-        }
-        self._encoded[prompt] = Conditioning(prompt, moved)
+        self._prompts.provide(prompt, tensors)
 
-    @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
         """Each prompt and the empty one as embeddings, as the pipeline's own call would encode them."""
-        for prompt in prompts:
-            if prompt not in self._encoded:
-                self.provide(prompt, self._class_of(prompt) if self._run.by_class else self._embeddings(prompt))
-        return [self._encoded[prompt] for prompt in prompts]
-
-    def _class_of(self, prompt: str) -> dict[str, Tensor]:
-        """The class that a prompt names, by number or by label."""
-        labels = getattr(self.pipeline, "labels", None) or {}
-        count = int(self.denoiser.config.get("num_embeds_ada_norm") or 1000)
-        number = int(prompt) if prompt.strip().isdigit() else labels.get(prompt.strip(), -1)
-        if not 0 <= number < count:
-            raise ModelError(
-                f"model {self.name}: it draws one of {count} classes, and {prompt!r} names none; give a class number from 0 to "
-                f"{count - 1}{' or one of its labels' if labels else ''}."
-            )
-        return {"class_labels": torch.tensor([number])}
-
-    def _embeddings(self, prompt: str) -> dict[str, Tensor]:
-        encoders = [name for name in self.pipeline.components if name.startswith("text_encoder")]
-        if encoders and all(getattr(self.pipeline, name, None) is None for name in encoders):
-            raise ModelError(
-                f"model {self.name}: it has no text encoder, so {prompt!r} cannot be encoded; hand over its embeddings with "
-                "provide(prompt, tensors)."
-            )
-        settings = {**CALL_SETTINGS, "prompt": prompt, "negative_prompt": "", "device": self.device}
-        with _one_sentence(f"model {self.name}: {prompt!r} could not be encoded"):
-            held = encode(self.pipeline, settings)
-        return {name: _stacked(value) for name, value in held.items() if isinstance(value, (Tensor, list, tuple))}
-
-    def _any_conditioning(self) -> Conditioning:
-        if not self._encoded:
-            self.encode(["0" if self._run.by_class else ""])
-        return next(iter(self._encoded.values()))
-
-    def _branches(self) -> Branches:
-        return Branches.of(self._any_conditioning().tensors)
+        return self._prompts.encode(prompts)
 
     # Sampling
 
@@ -222,7 +177,7 @@ class TransformerModel(PipelineModel):
             raise Halt
 
         with replaced(self.pipeline, "prepare_latents", prepared) as before, suppress(Halt):
-            self._run(self._any_conditioning(), None, steps=1, guidance=1.0, seed=seed)
+            self._run(self._prompts.any(), None, steps=1, guidance=1.0, seed=seed)
         return drawn[0]
 
     @torch.no_grad()
@@ -244,6 +199,7 @@ class TransformerModel(PipelineModel):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """The picture (height, width, 3) or clip (frames, height, width, 3) uint8 that the stock call makes of latents."""
+        self._check_autoencoder()
 
         def step(*args: Any, **kwargs: Any) -> Answer:
             both = torch.cat([latents] * (len(args[2]) // len(latents))) if len(args) > 2 else latents
@@ -252,11 +208,25 @@ class TransformerModel(PipelineModel):
         with (
             silent_denoiser(self.denoiser, lambda args, kwargs: None),
             replaced(self.pipeline.scheduler, "step", step),
-            replaced(self.pipeline, "transformer", self.denoiser),
+            self.using(self.denoiser),
+            one_sentence(f"model {self.name}: its latents could not be decoded"),
         ):
-            made = self._run(self._any_conditioning(), latents.clone(), steps=1, guidance=1.0, output="np")
+            made = self._run(self._prompts.any(), latents.clone(), steps=1, guidance=1.0, output="np")
         values = np.asarray(made[0] if isinstance(made, (list, tuple, np.ndarray)) else made, dtype=np.float32)
         return np.rint(values.clip(0, 1) * 255).astype(np.uint8)
+
+    def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
+        """Outputs of every stage of the autoencoder's encoder for pictures (n, height, width, 3) uint8, fp32 on the CPU."""
+        self._check_autoencoder()
+        with one_sentence(f"model {self.name}: the encoder of its autoencoder shows no stages"):
+            return super().encoder_features(pictures)
+
+    def _check_autoencoder(self) -> None:
+        if getattr(self.pipeline, "vae", None) is None:
+            raise ModelError(
+                f"model {self.name}: it was saved without its autoencoder, so there are no pictures; save the pipeline with it, "
+                "or use profile, which needs none."
+            )
 
     def fingerprint(self) -> str:
         """A digest of weights, size and of how the scheduler is set."""
@@ -268,23 +238,6 @@ class TransformerModel(PipelineModel):
         for name, value in self.denoiser.state_dict().items():
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}{value.double().sum().item()}".encode())
         return digest.hexdigest()[:16]
-
-
-def _stacked(value: Tensor | Sequence[Tensor]) -> Tensor:
-    """Embeddings as one tensor; pipelines that take a list of them are handed one again."""
-    return value if isinstance(value, Tensor) else torch.stack(list(value))
-
-
-@contextmanager
-def _one_sentence(what: str) -> Iterator[None]:
-    """Errors of the libraries as one sentence."""
-    try:
-        yield
-    except _WATCHED as error:
-        if isinstance(error, ModelError):
-            raise
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{what} ({reason}); choose another model or update diffusers.") from error
 
 
 def layers_from_config(folder: Path) -> tuple[LayerInfo, ...]:
