@@ -16,11 +16,13 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
         return RandomDiT(name)
     shown = name if name != str(folder) else None
     from trdq_core.adapters import generic, latte, pixart
+    from trdq_core.adapters.folder import check_folder
 
-    kind = _pipeline_of(folder)
-    if kind in latte.PIPELINES:
+    index = check_folder(folder, None)
+    reads_text = index.get("text_encoder") not in (None, [None, None])
+    if index["_class_name"] in latte.PIPELINES and reads_text:
         return latte.LatteModel(folder, shown)
-    if kind in pixart.PIPELINES:
+    if index["_class_name"] in pixart.PIPELINES and reads_text:
         return pixart.PixArtModel(folder, shown)
     return generic.TransformerModel(folder, shown)
 
@@ -35,10 +37,3 @@ def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
     from trdq_core.adapters.generic import layers_from_config
 
     return layers_from_config(folder)
-
-
-def _pipeline_of(folder: Path) -> str:
-    """The class of the pipeline in a folder; ModelError if its denoiser is no transformer."""
-    from trdq_core.adapters.folder import check_folder
-
-    return str(check_folder(folder, None)["_class_name"])
