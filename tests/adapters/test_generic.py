@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,10 @@ from trdq_core import branches
 from trdq_core.adapters import layers_of, load_adapter
 from trdq_core.adapters.generic import TransformerModel
 from trdq_core.adapters.pixart import PixArtModel
+from trdq_core.adapters.placement import notes_on
 from trdq_core.errors import ModelError
+from trdq_core.presets import parse_recipe
+from trdq_core.runs import plan
 from trdq_core.sampling import sample, sample_batch
 
 PROMPT = "red apple"
@@ -188,8 +192,10 @@ def with_autoencoder(name: str) -> TransformerModel:
     model = tiny_model(name)
     if name == "wan":
         torch.manual_seed(0)
-        vae = AutoencoderKLWan(base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                               temperal_downsample=[False, True, True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4)  # fmt: skip
+        vae = AutoencoderKLWan(
+            base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, temperal_downsample=[False, True, True],
+            latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
+        )  # fmt: skip
         model.pipeline.register_modules(vae=vae.eval())
     return model
 
@@ -220,6 +226,16 @@ def test_several_prompts_are_sampled_at_once(name: str) -> None:
     pairs = zip(both, seeds, strict=True)
     alone = torch.cat([sample(model, one, seed, steps=2, guidance=3.0).latents[-1] for one, seed in pairs])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_plans_say_what_stays_because_it_is_no_linear(tmp_path: Path) -> None:
+    build("sana").save_pretrained(tmp_path / "sana")
+    build("sd3").save_pretrained(tmp_path / "sd3")
+    (note,) = plan(str(tmp_path / "sana"), parse_recipe("rtn-w8a8"), backend="reference").notes
+    assert re.match(r"\d+% of the transformer's weights are in 4 convolutions, transformer_blocks.0.ff.conv_\w+", note)
+    assert plan(str(tmp_path / "sd3"), parse_recipe("rtn-w8a8"), backend="reference").notes == ()
+    said = notes_on(unseen_pipeline().transformer)
+    assert [note.split(" ", 2)[0] for note in said] == ["4", "UnseenTransformer"]
 
 
 def test_an_unseen_pipeline_takes_text_only_as_embeddings() -> None:

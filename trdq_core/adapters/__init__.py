@@ -34,6 +34,15 @@ def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
         from trdq_core.adapters.roles import find_linears
 
         return find_linears(build(device="meta"))
-    from trdq_core.adapters.generic import layers_from_config
+    from trdq_core.adapters.placement import layers_from_config
 
     return layers_from_config(folder)
+
+
+def notes_of(folder: Path | None) -> tuple[str, ...]:
+    """Sentences on what of a model could not be placed, from its configuration alone."""
+    if folder is None:
+        return ()
+    from trdq_core.adapters.placement import notes_from_config
+
+    return notes_from_config(folder)

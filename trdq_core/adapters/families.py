@@ -5,8 +5,13 @@ What is not listed here is found out by `adapters.probe`; a test checks the list
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
+
+from torch import nn
+
+from trdq_core.timegroups import TimeArgument
 
 # How guidance runs. "joint": one call, unconditional half first; "joint_reversed": conditional half first; "two_calls": one
 # call a branch; "embedded": the guidance is an input of the denoiser, there is no second branch.
@@ -51,6 +56,17 @@ CALL_SETTINGS: Mapping[str, Any] = {
     "negative_prompt": None,
     "return_dict": False,
 }
+
+
+def known_time(transformer: nn.Module) -> TimeArgument | None:
+    """How a transformer of a listed family is told the time, None for others."""
+    family = family_of(transformer)
+    if family is None:
+        return None
+    names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
+    name = "timestep" if "timestep" in names else "t"
+    own_scale = float(transformer.config.get("timestep_scale") or 1.0)  # a factor that its pipelines multiply in
+    return TimeArgument(name, names.index(name), family.scale / own_scale, family.flipped)
 
 
 def family_of(transformer: object) -> Family | None:

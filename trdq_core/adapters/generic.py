@@ -15,16 +15,15 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from trdq_core.adapters.branch_tags import tagged
-from trdq_core.adapters.families import GuidanceLayout, family_of
+from trdq_core.adapters.families import GuidanceLayout, family_of, known_time
 from trdq_core.adapters.folder import check_folder
-from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
+from trdq_core.adapters.pipelines import PipelineModel
 from trdq_core.adapters.probe import STEPS, Branches, Call, layout_of, time_of, traced_inputs
 from trdq_core.adapters.prompts import Prompts, one_sentence
 from trdq_core.adapters.roles import find_linears
 from trdq_core.adapters.stock_call import (
     Answer,
     Halt,
-    parameters_of,
     replaced,
     silent_denoiser,
 )
@@ -101,17 +100,8 @@ class TransformerModel(PipelineModel):
     def timestep_argument(self) -> TimeArgument:  # type: ignore[override]
         """How the denoiser is told the time: from the table of families, else found by a probe."""
         if "time" not in self._found:
-            family = family_of(self.denoiser)
-            self._found["time"] = (
-                self.probed_time() if family is None else self._known_time(family.scale, family.flipped)
-            )
+            self._found["time"] = known_time(self.denoiser) or self.probed_time()
         return self._found["time"]
-
-    def _known_time(self, scale: float, flipped: bool) -> TimeArgument:
-        names = list(parameters_of(type(self.denoiser).forward))
-        name = "timestep" if "timestep" in names else "t"
-        scale /= float(self.denoiser.config.get("timestep_scale") or 1.0)
-        return TimeArgument(name, names.index(name), scale, flipped)
 
     def probed_time(self) -> TimeArgument:
         """What a run with a silent denoiser shows of the time axis."""
@@ -238,14 +228,3 @@ class TransformerModel(PipelineModel):
         for name, value in self.denoiser.state_dict().items():
             digest.update(f"{name}{tuple(value.shape)}{value.dtype}{value.double().sum().item()}".encode())
         return digest.hexdigest()[:16]
-
-
-def layers_from_config(folder: Path) -> tuple[LayerInfo, ...]:
-    """The linears of the transformer in a pipeline's folder from its config.json alone, built on the meta device."""
-    kind = check_folder(folder, None)["transformer"][1]
-    transformer = getattr(diffusers, kind, None)
-    if transformer is None:
-        raise ModelError(
-            f"model {folder.name}: its transformer {kind} is not one of diffusers {diffusers.__version__}; update diffusers."
-        )
-    return linears_from_config(folder, None, transformer)

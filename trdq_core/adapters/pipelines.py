@@ -91,15 +91,18 @@ class PipelineModel:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def linears_from_config(
-    folder: Path, pipelines: Sequence[str] | None, transformer: type[ModelMixin]
-) -> tuple[LayerInfo, ...]:
+def linears_from_config(folder: Path, pipelines: Sequence[str], transformer: type[ModelMixin]) -> tuple[LayerInfo, ...]:
     """The transformer's linears from its config.json alone, built without memory on the meta device."""
+    return find_linears(transformer_from_config(folder, pipelines, transformer))
+
+
+def transformer_from_config(folder: Path, pipelines: Sequence[str] | None, transformer: type[ModelMixin]) -> nn.Module:
+    """The transformer of a folder from its config.json alone, without weights, on the meta device."""
     check_folder(folder, pipelines)
     try:
         config = transformer.load_config(folder / "transformer")
         with torch.device("meta"):
-            return find_linears(transformer.from_config(config))
+            return transformer.from_config(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ModelError(
