@@ -37,11 +37,12 @@ DEFAULT_RECIPES = {
     "attention": "",
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
+    "save": "tr-dq-w4a8",
 }
-DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 CALIBRATION_PROMPTS = 16
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "push_to_hub")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -73,6 +74,7 @@ def build_parser() -> Parser:
             "evaluate",
             "measure many recipes on many pictures, in batches; started again it goes on where it was stopped",
         ),
+        ("save", "quantize with one recipe and write a folder that diffusers loads, with a model card"),
     ):
         one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
         _add_model_and_recipes(one, command)
@@ -203,7 +205,11 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
-    add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
+    if command == "save":
+        add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
+        add("--push-to-hub", metavar="ID", help="upload it as OWNER/NAME afterwards")
+    else:
+        add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 
 
@@ -219,6 +225,8 @@ def spec_from(given: Given) -> RunSpec:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
     data["command"] = "calibrate" if command == "plan" else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if command == "save" and "out" in given:
+        data["save_to"] = str(Path(given["out"]).absolute())
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))

@@ -122,7 +122,8 @@ def _run(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
 
-    folder = Path(given["out"]) if "out" in given else runs.new_run_folder(spec.command)
+    named = "out" in given and spec.command != "save"  # whose folder is the model's
+    folder = Path(given["out"]) if named else runs.new_run_folder(spec.command)
     prepare_folder(folder, spec)
     quiet = given.get("quiet", False)
     with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=quiet) as bar:

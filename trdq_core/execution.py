@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from trdq_core import branches, metrics, profiling
+from trdq_core import branches, metrics, profiling, saving
 from trdq_core.auto_sharing import fulfil
 from trdq_core.convert import Conversion
 from trdq_core.errors import RecipeError
@@ -44,7 +44,7 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     commands = {"calibrate": _calibrate, "sample": _sample, "compare": _compare, "profile": _profile}
-    commands |= {"attention": _attention, "evaluate": evaluate, "sensitivity": sensitivity}
+    commands |= {"attention": _attention, "evaluate": evaluate, "sensitivity": sensitivity, "save": _save}
     try:
         commands[spec.command](session, report)
     finally:
@@ -101,6 +101,26 @@ def _sample(session: Session, report: dict[str, Any]) -> None:
     conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
     _, row = _sample_all(session, recipe.name, conversion.denoiser)
     report["recipes"][recipe.name] = _changed_row(session, conversion, row)
+
+
+def _save(session: Session, report: dict[str, Any]) -> None:
+    """Convert, sample the prompts with and without it where there are any, save, load again and compare."""
+    spec, model, rows = session.spec, session.model, report["recipes"]
+    recipe = saving.check(session)
+    conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
+    runs: list[Trajectory] = []
+    row: dict[str, Any] = {}
+    picture = None
+    if spec.prompts:
+        session.conditionings = model.encode(spec.prompts)
+        session.references, reference = _sample_all(session, REFERENCE, model.denoiser, keep_pictures=True)
+        label, size = report["reference"]["label"], _fp_bytes(session, [recipe])
+        rows[REFERENCE] = {"kind": "reference", "label": label, **size, **reference}
+        runs, row = _sample_all(session, recipe.name, conversion.denoiser)
+        row |= _quality(session, recipe.name, runs)
+        picture = np.asarray(Image.open(session.folder.path / row["images"][0]))
+    rows[recipe.name] = _changed_row(session, conversion, row)
+    report["saved"] = saving.save(session, conversion, report, runs, picture)
 
 
 def _facts(session: Session, conversion: Conversion) -> dict[str, Any]:

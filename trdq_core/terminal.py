@@ -120,7 +120,25 @@ def report_text(report: Mapping[str, Any]) -> str:
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
     lines += _sharing_lines(report)
+    lines += _saved_lines(report.get("saved"))
     return "\n".join(line for line in lines if line is not None)
+
+
+def _saved_lines(saved: Mapping[str, Any] | None) -> list[str]:
+    """Where a saved model is, what it weighs, and whether it came back as it was."""
+    if saved is None:
+        return []
+    verdict = {
+        True: "Loaded again, it samples the same bits.",
+        False: "Loaded again, it does NOT sample the same bits.",
+    }
+    lines = [
+        "",
+        f"The model is in {saved['folder']}: {size(saved['bytes'])}, of which {size(saved['denoiser_bytes'])} are the "
+        f"denoiser's, {size(saved['fp_denoiser_bytes'])} in full precision.",
+        verdict.get(saved["bit_equal"], "It was not loaded again."),
+    ]
+    return lines + ([f"It was uploaded to {saved['hub']}."] if saved["hub"] else [])
 
 
 def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
