@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
-from diffusers import PixArtSigmaPipeline
+import torch
+from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 
+import trdq_core
 from trdq_core import cli, runs
 from trdq_core.errors import ModelError, RecipeError
 from trdq_core.nn.linear import QuantizedLinear
@@ -70,3 +73,25 @@ def test_a_saved_model_samples_as_it_is_and_is_not_quantized_twice(tiny_folder: 
     assert pictures[0].read_bytes() == ours.read_bytes()
     with pytest.raises(ModelError, match="this model is quantized already, with rtn-w8a8"):
         runs.run(RunSpec(command="sample", recipes=(parse_recipe("rtn-w4a8"),), **settings), tmp_path / "twice")
+
+
+def test_the_lines_of_the_readme(tiny_folder: Path, tmp_path: Path) -> None:
+    pipeline = trdq_core.quantize(tiny_folder, "tr-dq-w4a8", prompts=["red apple"], steps=2)
+    trdq_core.save_quantized(pipeline, tmp_path / "model")
+    again = DiffusionPipeline.from_pretrained(tmp_path / "model")
+    settings = {
+        "num_inference_steps": 2,
+        "use_resolution_binning": False,
+        "clean_caption": False,
+        "height": 16,
+        "width": 16,
+    }
+    pictures = [
+        one("tiger face", generator=torch.Generator().manual_seed(0), output_type="np", **settings).images
+        for one in (pipeline, again)
+    ]
+    assert np.array_equal(*pictures)
+    with pytest.raises(RecipeError, match="give prompts to calibrate it on"):
+        trdq_core.quantize(tiny_folder, "tr-dq-w4a8")
+    plain = trdq_core.quantize(tiny_folder, "rtn-w8a8")
+    assert isinstance(plain.transformer.transformer_blocks[0].attn1.to_q, QuantizedLinear)

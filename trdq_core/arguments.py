@@ -85,6 +85,7 @@ def build_parser() -> Parser:
     _add_attention(commands)
     _add_sensitivity(commands)
     _add_budget(commands)
+    _add_clean(commands)
     return parser
 
 
@@ -130,6 +131,16 @@ def _add_budget(commands: Any) -> None:
         help="which error to add up: of the denoiser (default) or each layer's own",
     )
     add("--out", metavar="FILE", help="the recipe file to write; compare and evaluate take it as --recipe-file")
+    _add_json(one)
+
+
+def _add_clean(commands: Any) -> None:
+    summary = "remove old switched sets and learnt rounding from the data folder; runs, calibrations and recipes stay"
+    one = commands.add_parser("clean", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    one.add_argument(
+        "--older-than", type=float, metavar="DAYS", required=True, help="days since they were last written"
+    )
+    one.add_argument("--dry-run", action="store_true", help="only list them")
     _add_json(one)
 
 

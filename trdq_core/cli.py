@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "plan": _plan, "budget": _budget}
+    handlers = {"models": _models, "plan": _plan, "budget": _budget, "clean": _clean}
     try:
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
@@ -116,6 +116,16 @@ def _budget(given: Given) -> None:
         print(terminal.budget_text(found, packed=size == "packed_bytes"))
         if "out" in given:
             print(f"\nThe recipe is in {given['out']}")
+
+
+def _clean(given: Given) -> None:
+    from trdq_core.cleaning import clean
+
+    found, dry = clean(given["older_than"], dry_run=given.get("dry_run", False)), given.get("dry_run", False)
+    if given.get("json"):
+        print(json.dumps([one._asdict() for one in found], indent=2, default=str))
+    else:
+        print(terminal.cleaned_text(found, dry_run=dry))
 
 
 def _run(given: Given) -> None:

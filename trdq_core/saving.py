@@ -1,4 +1,4 @@
-"""The save command: a quantized model as a folder that diffusers loads, and the proof that it came back as it was."""
+"""Quantizing in Python, and the save command: a folder that diffusers loads, and the proof that it came back as it was."""
 
 from __future__ import annotations
 
@@ -9,13 +9,63 @@ from typing import Any
 import torch
 from torch import nn
 
-from trdq_core.convert import Conversion
+from trdq_core.calibration import calibrate
+from trdq_core.convert import Conversion, convert, convert_without_data, needs_data
 from trdq_core.errors import RecipeError
+from trdq_core.events import ignore
+from trdq_core.folders import data_folder
+from trdq_core.kernels import dispatch
+from trdq_core.model_passes import make_passes
+from trdq_core.models import load_model
+from trdq_core.presets import parse_recipe
 from trdq_core.sampling import Trajectory, sample
 from trdq_core.session import Session, changes
 from trdq_core.specs import Recipe
 
 FOLDER = "model"  # inside the run folder, where no other place is named
+
+
+def quantize(
+    model: str | Path,
+    recipe: str | Recipe,
+    *,
+    prompts: Sequence[str] = (),
+    steps: int = 20,
+    guidance: float = 3.5,
+    seed: int = 0,
+) -> Any:
+    """The diffusers pipeline of a model with its denoiser quantized, ready to sample and to be saved.
+
+    `model` is a name that the models command lists, or a diffusers folder; `recipe` a name such as "tr-dq-w4a8". `prompts`
+    are what a recipe that looks at activations is calibrated on; RecipeError if it needs some and there are none.
+    """
+    chosen = parse_recipe(recipe) if isinstance(recipe, str) else recipe
+    reason = needs_data(chosen)
+    if reason is not None and not prompts:
+        raise RecipeError(
+            f"{chosen.name}: {reason}; give prompts to calibrate it on, sixteen or so that are like yours."
+        )
+    loaded = load_model(str(model))
+    backend, layers = dispatch.select_backend(loaded.device), loaded.linears()
+    argument = loaded.timestep_argument
+    if reason is None:
+        convert_without_data(loaded.denoiser, layers, chosen, backend=backend, argument=argument)
+        return getattr(loaded, "pipeline", loaded.denoiser)
+    statistics = calibrate(loaded, list(prompts), steps=steps, guidance=guidance, seed=seed)
+    passes = make_passes(
+        loaded, statistics, chosen, folder=data_folder() / "reconstructions", seed=seed,
+        announce=lambda stage, label: None, on_event=ignore, cancelled=None,
+    )  # fmt: skip
+    conversion = convert(
+        loaded.denoiser, layers, chosen, statistics, backend=backend, storage_folder=data_folder() / "sets",
+        argument=argument, seed=seed, passes=passes,
+    )  # fmt: skip
+    pipeline = getattr(loaded, "pipeline", None)
+    if pipeline is None:
+        return conversion.denoiser
+    part = next(name for name, value in pipeline.components.items() if value is loaded.denoiser)
+    setattr(pipeline, part, conversion.denoiser)
+    return pipeline
 
 
 def recipe_to_save(recipes: Sequence[Recipe]) -> Recipe:

@@ -101,6 +101,15 @@ def models_text(models: Iterable[Any]) -> str:
     return _left(("model", "kind", "at hand", "folder", "what it is"), rows, columns=range(5))
 
 
+def cleaned_text(found: Sequence[Any], *, dry_run: bool) -> str:
+    """What was removed from the data folder, or would be."""
+    if not found:
+        return "Nothing is that old."
+    rows = [(one.path.parent.name, one.path.name, f"{one.days:.0f}", size(one.nbytes)) for one in found]
+    total, word = size(sum(one.nbytes for one in found)), "would be removed" if dry_run else "removed"
+    return table(("kind", "name", "days", "bytes"), rows, left=2) + f"\n\n{total} {word}."
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}
