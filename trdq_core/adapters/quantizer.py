@@ -166,16 +166,26 @@ class TRDQQuantizer(DiffusersQuantizer):
             activate(model, manifest)
             self.adopt(conversion_of(model))
             return model
-        from trdq_core.adapters.roles import find_linears  # not above: diffusers is half imported when this module is
+        # Not above: diffusers is half imported when this module is.
+        from trdq_core.adapters.families import known_time
+        from trdq_core.adapters.roles import find_linears
 
+        argument = known_time(model) or "timestep"
         config = self.quantization_config
         backend, layers = dispatch.select_backend(next(model.parameters()).device), find_linears(model)
         if config.calibration is None:
-            found = convert_without_data(model, layers, config.recipe, backend=backend)
+            found = convert_without_data(model, layers, config.recipe, backend=backend, argument=argument)
         else:
             statistics, sets = Statistics.load(config.calibration), config.calibration / "sets"
             found = convert(
-                model, layers, config.recipe, statistics, backend=backend, storage_folder=sets, in_place=True
+                model,
+                layers,
+                config.recipe,
+                statistics,
+                backend=backend,
+                storage_folder=sets,
+                in_place=True,
+                argument=argument,
             )
         self.adopt(found)
         return model
