@@ -19,7 +19,8 @@ from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype,
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
-from trdq_core.convert import Conversion, convert, convert_without_data
+from trdq_core.convert import Conversion, convert
+from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.presets import parse_recipe
