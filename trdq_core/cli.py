@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "plan": _plan, "budget": _budget}
+    handlers = {"models": _models, "plan": _plan, "budget": _budget, "clean": _clean}
     try:
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
@@ -118,11 +118,22 @@ def _budget(given: Given) -> None:
             print(f"\nThe recipe is in {given['out']}")
 
 
+def _clean(given: Given) -> None:
+    from trdq_core.cleaning import clean
+
+    found, dry = clean(given["older_than"], dry_run=given.get("dry_run", False)), given.get("dry_run", False)
+    if given.get("json"):
+        print(json.dumps([one._asdict() for one in found], indent=2, default=str))
+    else:
+        print(terminal.cleaned_text(found, dry_run=dry))
+
+
 def _run(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
 
-    folder = Path(given["out"]) if "out" in given else runs.new_run_folder(spec.command)
+    named = "out" in given and spec.command != "save"  # whose folder is the model's
+    folder = Path(given["out"]) if named else runs.new_run_folder(spec.command)
     prepare_folder(folder, spec)
     quiet = given.get("quiet", False)
     with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=quiet) as bar:
