@@ -17,6 +17,7 @@ from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
+from trdq_core.sampling import ClipShape
 from trdq_core.timegroups import TimeArgument
 
 
@@ -27,6 +28,7 @@ class PipelineModel:
     """
 
     timestep_argument: TimeArgument | str = "timestep"
+    clip: ClipShape | None = None  # families that make clips say so
 
     def __init__(self, folder: Path, pipelines: Sequence[str] | None, name: str | None = None) -> None:
         index = check_folder(folder, pipelines)
