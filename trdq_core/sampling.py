@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core import branches
-from trdq_core.errors import ShapeError
+from trdq_core.errors import RecipeError, ShapeError
 from trdq_core.plan import LayerInfo
 from trdq_core.timegroups import TimeArgument
 
@@ -43,6 +43,15 @@ def join(conditionings: Sequence[Conditioning]) -> Conditioning:
         "; ".join(one.prompt for one in conditionings),
         {name: torch.cat([one.tensors[name] for one in conditionings]) for name in names},
     )
+
+
+def check_branches(model: SampledModel) -> None:
+    """RecipeError if the guidance branches of a model's calls are in an order in which nothing can be shared or compared."""
+    if getattr(model, "guidance_layout", "joint") == "joint_reversed":
+        raise RecipeError(
+            f"model {model.name}: its pipeline puts the conditional half of a batch first, and attention is compared and shared "
+            "where the unconditional half comes first; leave sharing out."
+        )
 
 
 class ClipShape(NamedTuple):

@@ -22,10 +22,11 @@ from trdq_core.adapters import layers_of, load_adapter
 from trdq_core.adapters.generic import TransformerModel
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.placement import notes_on
-from trdq_core.errors import ModelError
+from trdq_core.errors import ModelError, RecipeError
 from trdq_core.presets import parse_recipe
 from trdq_core.runs import plan, run
 from trdq_core.sampling import sample, sample_batch
+from trdq_core.similarity import measure_similarity
 from trdq_core.specs import RunSpec
 
 PROMPT = "red apple"
@@ -162,6 +163,12 @@ def test_branches_are_told_by_what_they_are_handed() -> None:
     sample(model, model.encode([PROMPT])[0], 0, steps=1, guidance=3.0)
     assert torch.equal(seen["conditional"][:, :6], given["prompt_embeds"])
     assert torch.equal(seen["unconditional"][:, :6], given["negative_prompt_embeds"])
+
+
+@pytest.mark.parametrize(("name", "words"), [("dit", "conditional half of a batch first"), ("wan", "cannot be shared")])
+def test_attention_that_cannot_be_compared_is_refused_in_one_sentence(name: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        measure_similarity(tiny_model(name), [PROMPT], steps=2, guidance=3.0, seed=0)
 
 
 def test_a_cancelled_run_leaves_nothing_behind() -> None:
