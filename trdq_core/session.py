@@ -17,7 +17,7 @@ from trdq_core.folders import RunFolder, data_folder, list_calibrations
 from trdq_core.kernels import dispatch
 from trdq_core.model_passes import make_passes
 from trdq_core.outputs import OutputWriter
-from trdq_core.sampling import Conditioning, SampledModel, Trajectory
+from trdq_core.sampling import Conditioning, SampledModel, Trajectory, check_branches
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
@@ -97,6 +97,8 @@ def changes(recipe: Recipe) -> bool:
 
 def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None) -> Conversion:
     """The denoiser changed by `recipe`; one that only shares attention takes no statistics."""
+    if recipe.sharing is not None:
+        check_branches(session.model)
     if not recipe.quantized:
         model = session.model
         return convert_sharing_only(model.denoiser, model.linears(), recipe, argument=model.timestep_argument)
