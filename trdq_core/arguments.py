@@ -26,7 +26,7 @@ FALLBACK_PROMPTS = (
     "red apple", "owl", "hot air balloon", "tiger", "sunflower", "slice of pizza", "octopus", "snowman",
     "rocket", "crab", "bread", "fire engine", "cherry blossom", "whale", "teddy bear", "mushroom",
 )  # fmt: skip
-BACKENDS = ("reference", "torch", "cpp")
+BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
     "plan": "tr-dq-w4a8",

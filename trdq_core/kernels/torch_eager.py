@@ -74,8 +74,9 @@ def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor |
 
 def _integer_linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     # Levels minus 128 as signed bytes: symmetric activations then need no correction (zero = 0).
-    values = activation.values.view(torch.int8) ^ -128
-    zero = activation.zero_point - 128.0
+    values, zero = activation.values, activation.zero_point
+    if values.dtype is torch.uint8:
+        values, zero = values.view(torch.int8) ^ -128, zero - 128.0
     y = torch._int_mm(values, folded_weight(weight).t()).float()
     y = torch.addr(y, zero, weight.column_sum, alpha=-1)
     if weight.zero_point is not None:
