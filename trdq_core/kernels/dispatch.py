@@ -196,6 +196,7 @@ def describe(device: torch.device | None = None) -> dict[str, Any]:
         "fallback_reason": _fallback_reason(device),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "capability": capabilities.capability_of(device) and ".".join(map(str, capabilities.capability_of(device))),
         "cpu_features": list(build.cpu_features()),
         "path": native.path(),
         "vectorised": native.path() == "avx512-vnni",

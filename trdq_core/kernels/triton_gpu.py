@@ -59,7 +59,7 @@ def unavailable_reason(device: torch.device) -> str | None:
     """One sentence saying why the Triton kernels cannot run on `device`, or None where they can."""
     if importlib.util.find_spec("triton") is None:
         return "The package triton is not installed; torch's CUDA builds for Linux bring it along."
-    if interpreted():
+    if interpreted() and device.type == "cpu":
         return None
     if device.type != "cuda":
         return f"The Triton kernels run on NVIDIA GPUs only, and the tensors are on {device}."
