@@ -124,13 +124,13 @@ def _grid(low, high, clip, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):
 
 @triton.jit
 def quantize_kernel(
-    x, x_stride, inverse_scale, permutation, matrix, size,
-    shift, factor, modulation_stride, tokens_each, epsilon, static_scale, static_zero, clip,
-    values, scales, zero_points, row_sums, tokens, width,
+    x: tl.tensor, x_stride: tl.tensor, inverse_scale: tl.tensor, permutation: tl.tensor, matrix: tl.tensor,
+    size: tl.tensor, shift: tl.tensor, factor: tl.tensor, modulation_stride: tl.tensor, tokens_each: tl.tensor,
+    epsilon: tl.tensor, static_scale: tl.tensor, static_zero: tl.tensor, clip: tl.tensor, values: tl.tensor,
+    scales: tl.tensor, zero_points: tl.tensor, row_sums: tl.tensor, tokens: tl.tensor, width: tl.tensor,
     PROLOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_PERMUTATION: tl.constexpr, MIX: tl.constexpr,
-    STATIC: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    STATIC: tl.constexpr, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """Levels minus 128 (int8), scale, zero point minus 128 and sum of the levels of each token."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < tokens
@@ -183,11 +183,12 @@ def quantize_kernel(
 
 @triton.jit
 def transform_kernel(
-    x, x_stride, inverse_scale, permutation, matrix, size,
-    shift, factor, modulation_stride, tokens_each, epsilon, y, tokens, width,
-    PROLOGUE: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_PERMUTATION: tl.constexpr, MIX: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor, x_stride: tl.tensor, inverse_scale: tl.tensor, permutation: tl.tensor, matrix: tl.tensor,
+    size: tl.tensor, shift: tl.tensor, factor: tl.tensor, modulation_stride: tl.tensor, tokens_each: tl.tensor,
+    epsilon: tl.tensor, y: tl.tensor, tokens: tl.tensor, width: tl.tensor, PROLOGUE: tl.constexpr,
+    HAS_SCALE: tl.constexpr, HAS_PERMUTATION: tl.constexpr, MIX: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:  # fmt: skip
     """One pass of the online transform, prologue first, written in the type of `y`."""
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_ok = row < tokens

@@ -53,10 +53,11 @@ def _store(result, row, column, row_ok, column_ok, outputs, bias, y, HAS_BIAS: t
 
 @triton.jit
 def int8_kernel(
-    x, x_scale, x_zero, x_sum, w, w_scale, w_zero, w_sum, bias, y, tokens, outputs, width,
-    HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, x_sum: tl.tensor, w: tl.tensor, w_scale: tl.tensor,
+    w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, y: tl.tensor, tokens: tl.tensor, outputs: tl.tensor,
+    width: tl.tensor, HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+) -> None:  # fmt: skip
     """int8 levels by int8 weights; EVEN says that BLOCK_K divides the width."""
     row, column = _tile(tokens, outputs, BLOCK_M, BLOCK_N, GROUP_M)
     channel = tl.arange(0, BLOCK_K)
@@ -98,11 +99,12 @@ def _scaled_half(
 
 @triton.jit
 def int4_kernel(
-    x, x_scale, x_zero, x_sum, w, group_scale, w_scale, w_zero, w_sum, bias, y,
-    tokens, outputs, width, groups, group_size,
-    HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+    x: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, x_sum: tl.tensor, w: tl.tensor, group_scale: tl.tensor,
+    w_scale: tl.tensor, w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, y: tl.tensor, tokens: tl.tensor,
+    outputs: tl.tensor, width: tl.tensor, groups: tl.tensor, group_size: tl.tensor, HAS_W_ZERO: tl.constexpr,
+    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+) -> None:  # fmt: skip
     """int8 levels by packed nibbles, unpacked in registers; one chunk of 128 channels a step, its halves in two products.
 
     EVEN says that 128 divides the width, WIDE that each half chunk has one group scale.
@@ -138,10 +140,10 @@ def int4_kernel(
 
 @triton.jit
 def fp8_kernel(
-    x, x_scale, w, w_scale, bias, y, tokens, outputs, width,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
+    x: tl.tensor, x_scale: tl.tensor, w: tl.tensor, w_scale: tl.tensor, bias: tl.tensor, y: tl.tensor,
+    tokens: tl.tensor, outputs: tl.tensor, width: tl.tensor, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-):  # fmt: skip
+) -> None:  # fmt: skip
     """e4m3 by e4m3, summed in float32; a scale for each token and one for each output."""
     row, column = _tile(tokens, outputs, BLOCK_M, BLOCK_N, GROUP_M)
     channel = tl.arange(0, BLOCK_K)
