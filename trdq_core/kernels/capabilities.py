@@ -6,6 +6,7 @@ docs/gpu.md; a test compares the two.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,12 @@ OPERATIONS: tuple[Operation, ...] = ("int8 product", "int4 product", "fp8 produc
 FIRST_TRITON = (8, 0)  # what Triton 3 supports
 FIRST_INT8 = (7, 5)  # the first tensor cores that multiply int8; `torch._int_mm` stands on them
 FIRST_FP8 = (8, 9)
+
+
+_NOTES = {
+    (10, 0): "Triton 3.7 compiles int8 products to the older mma.sync here, not to tcgen05.",
+    (10, 3): "Its int8 units run at a fraction of its bf16 units.",
+}
 
 
 class Chip(NamedTuple):
@@ -41,10 +48,10 @@ def support(capability: tuple[int, int] | None) -> Chip:
     if capability < FIRST_TRITON:
         return Chip("torch", "torch", "simulated", "torch", "Triton needs compute capability 8.0.")
     fp8: Path = "triton" if capability >= FIRST_FP8 else "simulated"
-    note = "Its int8 units run at a fraction of its bf16 units." if capability == (10, 3) else ""
-    return Chip("triton", "triton", fp8, "triton", note)
+    return Chip("triton", "triton", fp8, "triton", _NOTES.get(capability, ""))
 
 
+@lru_cache(maxsize=64)  # asked at every launch
 def capability_of(device: torch.device) -> tuple[int, int] | None:
     """The compute capability of `device`; None for CPUs, other vendors' GPUs, and where CUDA does not run."""
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():

@@ -74,7 +74,8 @@ def unavailable_reason(device: torch.device) -> str | None:
 def transform(x: Tensor, stages: InputStages = NO_STAGES) -> Tensor:
     """T(x) for x of (..., in_features), same shape and dtype, computed in float32."""
     rows = _rows(x, stages)
-    return operators.transform(rows, *stages).to(x.dtype).view(x.shape)
+    run = operators.transform if torch.compiler.is_compiling() else operators.compute_transform
+    return run(rows, *stages).to(x.dtype).view(x.shape)
 
 
 def quantize_activation(
@@ -145,7 +146,8 @@ def linear(
         raise ShapeError(f"the levels are {activation.values.dtype}; the Triton kernels take signed ones, int8.")
     if weight.in_features > MAX_IN_FEATURES:
         raise ShapeError(f"in_features={weight.in_features} overflows the sums; at most {MAX_IN_FEATURES} can run.")
-    return operators.linear(*activation, *weight, bias, dtype)
+    run = operators.linear if torch.compiler.is_compiling() else operators.compute_linear
+    return run(*activation, *weight, bias, dtype)
 
 
 def linear_from_float(
@@ -193,7 +195,8 @@ def fp8_linear(
             f"x is {x.dtype} {tuple(x.shape)} and the weight {weight.dtype} {tuple(weight.shape)}; give {FP8} of "
             "shapes (tokens, in_features) and (out_features, in_features)."
         )
-    return operators.fp8_linear(x, x_scale.float(), weight, weight_scale.float(), bias, dtype)
+    run = operators.fp8_linear if torch.compiler.is_compiling() else operators.compute_fp8_linear
+    return run(x, x_scale.float(), weight, weight_scale.float(), bias, dtype)
 
 
 def _quantize(
@@ -208,7 +211,8 @@ def _quantize(
     check_bits(bits)
     rows = _rows(x, stages)
     grid = (None, None) if static is None else static
-    return QuantizedActivation(*operators.quantize(rows, *stages, bits, symmetric, *grid, clip, *prologue))
+    run = operators.quantize if torch.compiler.is_compiling() else operators.compute_quantize
+    return QuantizedActivation(*run(rows, *stages, bits, symmetric, *grid, clip, *prologue))
 
 
 def _rows(x: Tensor, stages: InputStages) -> Tensor:

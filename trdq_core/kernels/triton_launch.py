@@ -183,7 +183,7 @@ def _launch_rows(
     constants: dict[str, object],
 ) -> None:
     """Launch `transform_kernel` or `quantize_kernel` for one pass; `arguments` are those after the prologue's."""
-    if not x.numel() and not x.shape[0]:
+    if not x.shape[0]:
         return
     tokens, width = x.shape
     block = _block_of(one, width)

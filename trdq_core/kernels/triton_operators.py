@@ -1,6 +1,7 @@
 """The Triton kernels as operators `torch.ops.trdq.triton_*`, with shape functions, for torch.compile and CUDA graphs.
 
-None of them waits for the GPU or lets a shape depend on data. Triton is imported when one first runs, not before.
+None of them waits for the GPU or lets a shape depend on data. Triton is imported when one first runs, not before. Each is
+made of a function compute_*, which eager calls take directly: torch's dispatcher costs more than a launch.
 """
 
 from __future__ import annotations
@@ -13,8 +14,7 @@ from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivati
 DEVICES = ("cuda", "cpu")  # the CPU for Triton's interpreter
 
 
-@torch.library.custom_op("trdq::triton_transform", mutates_args=(), device_types=DEVICES)
-def transform(
+def compute_transform(
     x: Tensor,
     inverse_scale: Tensor | None,
     rotation: Tensor | None,
@@ -29,6 +29,9 @@ def transform(
     return triton_launch.transform_rows(x, stages, x.dtype)
 
 
+transform = torch.library.custom_op("trdq::triton_transform", compute_transform, mutates_args=(), device_types=DEVICES)
+
+
 @transform.register_fake
 def _(
     x: Tensor,
@@ -41,8 +44,7 @@ def _(
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("trdq::triton_quantize", mutates_args=(), device_types=DEVICES)
-def quantize(
+def compute_quantize(
     x: Tensor,
     inverse_scale: Tensor | None,
     rotation: Tensor | None,
@@ -66,6 +68,9 @@ def quantize(
     static = None if static_scale is None else StaticGrid(static_scale, static_zero_point)
     first = triton_launch.Prologue(prologue, shift, factor, epsilon)
     return tuple(triton_launch.quantize_rows(x, stages, bits, symmetric, static, clip, first))
+
+
+quantize = torch.library.custom_op("trdq::triton_quantize", compute_quantize, mutates_args=(), device_types=DEVICES)
 
 
 @quantize.register_fake
@@ -95,8 +100,7 @@ def _(
     )
 
 
-@torch.library.custom_op("trdq::triton_linear", mutates_args=(), device_types=DEVICES)
-def linear(
+def compute_linear(
     values: Tensor,
     scale: Tensor,
     zero_point: Tensor,
@@ -121,6 +125,9 @@ def linear(
     return triton_launch.product(QuantizedActivation(values, scale, zero_point, row_sum), weight, bias, dtype)
 
 
+linear = torch.library.custom_op("trdq::triton_linear", compute_linear, mutates_args=(), device_types=DEVICES)
+
+
 @linear.register_fake
 def _(
     values: Tensor,
@@ -142,14 +149,18 @@ def _(
     return values.new_empty((values.shape[0], out_features), dtype=dtype)
 
 
-@torch.library.custom_op("trdq::triton_fp8_linear", mutates_args=(), device_types=DEVICES)
-def fp8_linear(
+def compute_fp8_linear(
     x: Tensor, x_scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """(tokens, out_features) in `dtype` from e4m3 rows of input and weight with a scale each."""
     from trdq_core.kernels import triton_launch
 
     return triton_launch.fp8_product(x, x_scale, weight, weight_scale, bias, dtype)
+
+
+fp8_linear = torch.library.custom_op(
+    "trdq::triton_fp8_linear", compute_fp8_linear, mutates_args=(), device_types=DEVICES
+)
 
 
 @fp8_linear.register_fake
