@@ -1,8 +1,8 @@
 """Compiles the Triton kernels for chips that are not there: python -m tests.kernels.ahead first 80 90
 
 The interpreter takes code that the compiler refuses; this finds it without a GPU. `first` compiles the first listed
-configuration of each kernel, `all` every one that the chip can use. One JSON object a line. Run it in a process of its
-own: TRITON_INTERPRET must not be set.
+configuration of each kernel, `all` every one that the chip can use, `one` the first again for a single token. One JSON
+object a line. Run it in a process of its own: TRITON_INTERPRET must not be set.
 """
 
 from __future__ import annotations
@@ -88,9 +88,17 @@ def row_cases(capability: int, every: bool) -> Iterator[Case]:
             options = {"num_warps": config.warps, "num_stages": 1, "enable_fp_fusion": False}
             types = ROW_TYPES | LEVEL_TYPES | extra
             yield Case(f"quantize {name} {tuple(config)}", rows.quantize_kernel, types, constants, options)
-    constants |= {"MIX": rows.DENSE.value, "BLOCK": 64, "ROWS": 16}
+    constants = constants | {"MIX": rows.DENSE.value, "BLOCK": 64, "ROWS": 16}
     types = ROW_TYPES | matrix | {"y": "*fp32"}
     yield Case("transform R64", rows.transform_kernel, types, constants, options | {"num_warps": 8})
+
+
+def one_case(capability: int) -> Iterator[Case]:
+    """One token, one group, one sample a modulation: Triton makes a constant of every size that is 1."""
+    for case in (*product_cases(capability, False), *row_cases(capability, False)):
+        ones = {"tokens", "groups", "tokens_each"} & set(case.types)
+        types = {name: kind for name, kind in case.types.items() if name not in ones}
+        yield case._replace(name=f"{case.name} of one", types=types, constants=case.constants | dict.fromkeys(ones, 1))
 
 
 def compile_case(case: Case, capability: int) -> dict[str, Any]:
@@ -118,9 +126,13 @@ def compile_case(case: Case, capability: int) -> dict[str, Any]:
 def main(which: str, capabilities: list[int]) -> None:
     """Compile and print."""
     for capability in capabilities:
-        for cases in (product_cases, row_cases):
-            for case in cases(capability, which == "all"):
-                print(json.dumps(compile_case(case, capability)), flush=True)
+        every = which == "all"
+        if which == "one":
+            cases = one_case(capability)
+        else:
+            cases = (*product_cases(capability, every), *row_cases(capability, every))
+        for case in cases:
+            print(json.dumps(compile_case(case, capability)), flush=True)
 
 
 if __name__ == "__main__":

@@ -141,6 +141,7 @@ def test_first_configurations_compile_for_ampere_and_hopper() -> None:
 def test_every_listed_configuration_compiles() -> None:
     """All that tuning may try, on the chips with large and with small shared memory."""
     check_compiled(compiled_ahead("all", 80, 86, 90))
+    check_compiled(compiled_ahead("one", 80, 90))
 
 
 def test_the_way_of_the_cpu_does_not_import_triton() -> None:

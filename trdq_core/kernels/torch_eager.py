@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trdq_core.kernels import capabilities
 from trdq_core.kernels.packing import folded_weight, pack_weight, unpack_weight
 from trdq_core.kernels.reference import apply_stages, quantize_rows
 from trdq_core.kernels.types import (
@@ -57,8 +58,13 @@ def quantize_activation(
 def has_integer_product(device: torch.device, in_features: int = 0, out_features: int = 0, tokens: int = 32) -> bool:
     """True where `torch._int_mm` is a fast kernel for these sizes; on CUDA it wants tokens > 16 and multiples of 8."""
     if device.type == "cuda":
-        return tokens > 16 and in_features % 8 == 0 and out_features % 8 == 0
+        return _gpu_has_int8() and tokens > 16 and in_features % 8 == 0 and out_features % 8 == 0
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_has_int8() -> bool:
+    return capabilities.support(capabilities.capability_of(torch.device("cuda"))).int8 != "simulated"
 
 
 def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
