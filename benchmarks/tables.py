@@ -53,6 +53,8 @@ METRICS = {
     "weight_share": Metric("of reference", 1, 3, True),
     "effective_bits": Metric("bits a weight", 1, 2, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
+    "call_us": Metric("call µs", 1, 1, False),
+    "bound_share": Metric("of its bound %", 100, 0, False),
 }
 CLIPS = (
     "PSNR and SSIM are means over frames; temporal error: RMS of (frame difference - the reference's), grey levels; motion: "
@@ -136,9 +138,14 @@ def make_tables(rows: Sequence[Row], *, brief: bool) -> str:
     for row in rows:
         if not is_evaluation(row):
             groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
-    found = [_table(key, members, brief=brief) for key, members in groups.items()]
+    found = [_table(key, members, brief=brief) for key, members in groups.items() if not brief or _in_brief(members)]
     evaluations = "" if brief else make_evaluation_tables(rows)
     return "\n\n".join([*found, *([evaluations] if evaluations else [])])
+
+
+def _in_brief(rows: Iterable[Row]) -> bool:
+    """Whether the short tables show anything of these rows; those of single operators stay out of them."""
+    return any(row["metric"] in METRICS and METRICS[row["metric"]].brief for row in rows)
 
 
 def _table(key: tuple[str, str, str], rows: Sequence[Row], *, brief: bool) -> str:

@@ -22,7 +22,7 @@ from trdq_core.specs import (
     SharingSpec,
 )
 
-BACKENDS = ("reference", "torch", "cpp")
+BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
     "plan": "tr-dq-w4a8",
