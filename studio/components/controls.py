@@ -80,7 +80,7 @@ def _subject(models: list[tuple[str, str]]) -> dict[str, Any]:
     first = forms.DEFAULT_MODEL if forms.DEFAULT_MODEL in names else (names[0] if names else None)
     offered = prompts.examples()
     model = gr.Dropdown(models, value=first, label="Model", elem_id="model", interactive=True)
-    line = gr.HTML()
+    line = gr.HTML(elem_id="model-line")
     prompt = gr.Textbox(offered[0], label="Prompt", lines=2, max_lines=4, elem_id="prompt", interactive=True)
     gr.Examples(
         [[text] for text in offered], prompt, label="Examples", cache_examples=False, api_visibility="private",
