@@ -161,7 +161,9 @@ def _figure(clip: Clip, shape: ClipShape, prompt: str, colour: str, publish: Pub
     columns = min(SHEET_COLUMNS, shape.frames)
     mark = f"width:{100 / columns:.3f}%;height:{100 / -(-shape.frames // columns):.3f}%"
     links = [f'<a href="{publish(clip.video)}" download="{stem}.mp4">mp4</a>'] if clip.video else []
-    links.append(f'<a href="{publish(clip.archive)}" download="{stem}.zip"title="The PNG frames as a zip">frames (zip)</a>')
+    links.append(
+        f'<a href="{publish(clip.archive)}" download="{stem}.zip"title="The PNG frames as a zip">frames (zip)</a>'
+    )
     return (
         f'<figure class="tr-clip" style="--tr-own:{colour}"><figcaption><b>{title}</b><span class="tr-clip-now"></span>'
         f'</figcaption><div class="tr-clip-screen" style="aspect-ratio:{shape.width}/{shape.height}">'

@@ -17,6 +17,7 @@ from PIL import Image
 from studio.services import pictures
 from studio.services.stored import StoredRun, inside
 from trdq_core.errors import StorageError
+from trdq_core.models import kind_of
 
 SHEET_COLUMNS = 8  # frames side by side on a sheet
 NO_VIDEO = "there is no mp4 of every clip"
@@ -65,6 +66,11 @@ def shape_of(run: StoredRun) -> ClipShape | None:
     return shape if min(shape) > 0 else None
 
 
+def makes_clips(run: StoredRun) -> bool:
+    """Whether the run is one of clips, though it may have finished none."""
+    return shape_of(run) is not None or (run.spec is not None and kind_of(run.spec.model) == "video")
+
+
 def clips_of(run: StoredRun, prompt: int) -> list[Clip]:
     """Every recipe's clip of a prompt, in the order of the report; those that are missing or damaged are left out."""
     shape = shape_of(run)
@@ -83,6 +89,8 @@ def why_no_video(run: StoredRun) -> str:
 def partials(run: StoredRun) -> list[Partial]:
     """The last filmstrip of the first prompt of each recipe that the report lacks, in the order of sampling."""
     left: dict[str, Partial] = {}
+    if not makes_clips(run):
+        return []
     for event in run.events():
         recipe, path = str(event.get("recipe")), inside(run.folder, str(event.get("image")))
         known = event.get("kind") in ("preview", "clip") and event.get("prompt", 0) == 0 and recipe not in run.recipes

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from studio.services.form import Form, compare_spec
 from tests.browser.conftest import Visit
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, press
+from tests.studio.fake_clips import FRAMES
 from tests.studio.fake_core import FakeCore
+from trdq_core.presets import parse_recipe
 
 pytestmark = pytest.mark.browser
 Open = Callable[..., Visit]
@@ -113,3 +118,123 @@ def test_clips_play_together_and_step_by_frames(visit: Open, fake_url: str, scre
     page.wait_for_timeout(200)
     assert shown(page) == still, "paused"
     seen.check()
+
+
+def store(core: FakeCore, *recipes: str, prompts: int = 1) -> Path:
+    """A finished run of clips that no page has seen yet."""
+    form = Form(model="pocket-video", prompt="whale", steps=2, groups=2, extra_prompts=prompts - 1)
+    spec = dataclasses.replace(compare_spec(form), recipes=tuple(parse_recipe(recipe) for recipe in recipes))
+    folder = core.runs.new_run_folder("compare")
+    core.runs.run(spec, folder)
+    return folder
+
+
+def show_newest(page: Any) -> None:
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    page.wait_for_selector("#run-metrics .tr-table")
+    page.locator("#show-run").click()
+    page.wait_for_selector(".tr-clips:visible")
+    page.wait_for_function("document.querySelector('.tr-clip-frame').innerText.startsWith('frame 0')")
+
+
+def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
+    visit: Open, fake_url: str, fake_core: FakeCore
+) -> None:
+    folder = store(fake_core, "fp", "rtn-w4a8", "tr-dq-w8a8", "tr-dq-w4a8", prompts=2)
+    seen = visit(fake_url)
+    page = seen.page
+    show_newest(page)
+    assert page.locator(".tr-clip").count() == 4, "a column for every recipe"
+    page.locator("[data-do=forward]").click()
+    page.locator("[data-do=forward]").click()
+    assert shown(page) == [2] * 4
+    page.locator("[data-do=back]").click()
+    assert shown(page) == [1] * 4
+    page.locator(".tr-clip-columns").press("ArrowRight")
+    assert shown(page) == [2] * 4
+    field = page.locator(".tr-curve-psnr .tr-curve-field")
+    box = field.bounding_box()
+    field.click(position={"x": box["width"] * 11.5 / FRAMES, "y": 40})
+    assert shown(page) == [11] * 4 and frame(page) == 11
+    page.locator(".tr-motion [data-seek]").first.click()
+    assert shown(page) == [5] * 4, "the worst frame, which the table names"
+    assert (
+        "frame 5" in page.locator(".tr-motion").inner_text()
+        and "3.25 levels" in page.locator(".tr-motion").inner_text()
+    )
+    assert field.get_attribute("aria-valuetext").startswith("frame 5: RTN W4A8 ")
+
+    assert len(page.evaluate(COLOURS)) > 50, "the reference and TR-DQ differ"
+    page.locator("[data-do=right]").select_option("0")
+    assert page.evaluate(COLOURS) == ["247,247,247,255"], "full precision against itself is one grey"
+    page.locator("[data-do=right]").select_option("1")
+    page.locator("input[name=tr-gain][value='16']").check()
+    page.wait_for_selector(".tr-difference >> text=16 of 255")
+    wipe = page.locator(".tr-wipe")
+    box = wipe.bounding_box()
+    wipe.click(position={"x": box["width"] * 0.25, "y": box["height"] / 2})
+    assert wipe.get_attribute("aria-valuenow") == "25"
+    wipe.press("ArrowRight")
+    assert wipe.get_attribute("aria-valuenow") == "27"
+
+    with page.expect_download() as download:
+        page.locator(".tr-clip a", has_text="frames").nth(1).click()
+    with zipfile.ZipFile(download.value.path()) as bundle:
+        assert bundle.namelist() == [f"rtn-w4a8_000/{number:03d}.png" for number in range(FRAMES)]
+        assert bundle.read("rtn-w4a8_000/005.png") == (folder / "frames" / "rtn-w4a8_000" / "005.png").read_bytes()
+    with page.expect_download() as download:
+        page.locator(".tr-clip a", has_text="mp4").first.click()
+    assert Path(download.value.path()).read_bytes() == (folder / "videos" / "fp_000.mp4").read_bytes()
+
+    page.locator("#clip-prompt input").click()
+    page.get_by_role("option").nth(1).click()
+    page.wait_for_function("document.querySelector('.tr-clip a').download.startsWith('fp_001')")
+    page.wait_for_function("document.querySelector('.tr-clip-frame').innerText.startsWith('frame 0')")
+    assert shown(page) == [0] * 4
+    seen.check()
+
+
+def test_without_a_codec_the_exact_frames_play(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
+    fake_core.runs.codec = False
+    store(fake_core, "fp", "tr-dq-w4a8")
+    seen = visit(fake_url)
+    page = seen.page
+    show_newest(page)
+    assert "no ffmpeg was found" in page.locator(".tr-clip-note").inner_text()
+    assert page.locator(".tr-clip video:visible").count() == 0
+    assert page.locator(".tr-clip a", has_text="mp4").count() == 0
+    page.locator("[data-do=play]").click()
+    page.wait_for_function("Number(document.querySelector('[data-do=seek]').value) > 2")
+    page.locator("[data-do=play]").click()
+    reds = page.evaluate(
+        """() => [...document.querySelectorAll('.tr-clip canvas')].map((canvas) => {
+          const {data} = canvas.getContext('2d').getImageData(0, 32, 64, 1);
+          return [...Array(64).keys()].find((x) => data[4 * x + 1] < 100);
+        })"""
+    )
+    assert reds[0] is not None and abs(reds[0] - reds[1]) <= 1, "the disc is at one place in both"
+    seen.check()
+
+
+def test_a_cancelled_run_leaves_its_filmstrips(
+    visit: Open, fake_url: str, fake_core: FakeCore, screenshots: Path
+) -> None:
+    fake_core.runs.pace = 0.1
+    page = visit(fake_url).page
+    choose_video(page, 6)
+    assert page.locator("#prompt textarea").input_value() == "whale", "a prompt that the model knows"
+    assert "turtle" in page.locator("#prompt-examples").inner_text()
+    page.locator("#compare").click()
+    page.wait_for_selector(".tr-strip-row >> nth=1")
+    fake_core.runs.pace = 0.4
+    picture(page, screenshots, "10-clips-sampling")
+    page.locator("#cancel").dispatch_event("click")
+    page.wait_for_selector("#strip .tr-strip.cancelled")
+    page.wait_for_selector(".tr-strip-row >> text=stopped after step")
+    assert page.evaluate(
+        "[...document.querySelectorAll('.tr-strip-row img')].every((image) => image.naturalWidth > 100)"
+    )
+    page.get_by_role("tab", name="Runs", exact=True).click()
+    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    page.wait_for_selector("#run-pictures >> text=stopped after step")

@@ -254,6 +254,8 @@ class _FakeRun:
             self.say({"kind": "preview", "recipe": name, "prompt": prompt, "step": step, "steps": self.spec.steps,
                       "image": image})  # fmt: skip
         if self.moving:
+            if not self.runs.codec:
+                self.say({"kind": "warning", "text": "video: no ffmpeg was found to write libx264 with."})
             places = fake_clips.write(self.folder, name, prompt, self.runs.codec)
             self.say({"kind": "clip", "recipe": name, "prompt": prompt, **places})
             return places
@@ -369,7 +371,7 @@ def _run_info(path: Path) -> RunInfo:
 
 def _model_of(path: Path) -> str:
     spec = path / "spec.json"
-    return str(json.loads(spec.read_text())["model"]) if spec.exists() else "pocket-image"
+    return str(json.loads(spec.read_text()).get("model", "pocket-image")) if spec.exists() else "pocket-image"
 
 
 def _calibration_info(path: Path) -> CalibrationInfo:
