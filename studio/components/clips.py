@@ -83,6 +83,7 @@ def live_strips(run: LiveRun, names: Sequence[str], publish: Publish) -> str:
     rows = [
         Strip(title_of(name, run.results.get(name, {})), colours[name], run.steps.get(name) or "sampled", image)
         for name, image in run.pictures.items()
+        if name != services.NOISE_FLOOR
     ]
     return strips(rows, publish)
 
@@ -90,14 +91,13 @@ def live_strips(run: LiveRun, names: Sequence[str], publish: Publish) -> str:
 def partial_strips(run: StoredRun) -> list[Strip]:
     """What a stopped run left of the recipes that it did not finish."""
     colours = _colours(run)
-    left = (one for one in services.partials(run) if one.recipe in colours)
-    return [Strip(title_of(one.recipe, {}), colours[one.recipe], one.said, one.image) for one in left]
+    return [Strip(title_of(one.recipe, {}), colours[one.recipe], one.said, one.image) for one in services.partials(run)]
 
 
 def _colours(run: StoredRun) -> dict[str, str]:
     """A colour for each recipe of the run, finished or not."""
     asked = [recipe.name for recipe in run.spec.recipes] if run.spec else []
-    return line_colours(list(dict.fromkeys(["fp", *run.recipes, *asked])))
+    return line_colours(list(dict.fromkeys([services.REFERENCE, *run.recipes, *asked])))
 
 
 def player(run: StoredRun, prompt: int, publish: Publish) -> str:

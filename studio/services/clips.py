@@ -20,6 +20,7 @@ from trdq_core.errors import StorageError
 from trdq_core.models import kind_of
 
 SHEET_COLUMNS = 8  # frames side by side on a sheet
+REFERENCE, NOISE_FLOOR = "fp", "fp-again"  # the recipes that a comparison adds by itself
 NO_VIDEO = "there is no mp4 of every clip"
 
 
@@ -91,9 +92,14 @@ def partials(run: StoredRun) -> list[Partial]:
     left: dict[str, Partial] = {}
     if not makes_clips(run):
         return []
+    asked = {REFERENCE, *(recipe.name for recipe in run.spec.recipes)} if run.spec else set()
     for event in run.events():
         recipe, path = str(event.get("recipe")), inside(run.folder, str(event.get("image")))
-        known = event.get("kind") in ("preview", "clip") and event.get("prompt", 0) == 0 and recipe not in run.recipes
+        known = (
+            event.get("kind") in ("preview", "clip")
+            and event.get("prompt", 0) == 0
+            and recipe in asked - set(run.recipes)
+        )
         if known and path is not None and path.is_file():
             preview = event["kind"] == "preview"
             said = (

@@ -90,6 +90,15 @@ def shown(page: Any) -> list[int]:
     return list(page.evaluate(SHOWN))
 
 
+def all_show(page: Any, number: int) -> bool:
+    """Whether every video comes to show this frame and no other; a seek ends a little before the frame is painted."""
+    for _ in range(20):
+        if set(shown(page)) == {number} and frame(page) == number:
+            return True
+        page.wait_for_timeout(50)
+    return False
+
+
 def frame(page: Any) -> int:
     return int(page.locator("[data-do=seek]").input_value())
 
@@ -100,7 +109,7 @@ def test_clips_play_together_and_step_by_frames(visit: Open, fake_url: str, scre
     page = seen.page
     compare(page)
     assert no_sideways_scrolling(page)
-    assert shown(page) == [0, 0, 0]
+    assert all_show(page, 0)
     picture(page, screenshots, "9-clips")
 
     page.locator("[data-do=play]").click()
@@ -113,10 +122,10 @@ def test_clips_play_together_and_step_by_frames(visit: Open, fake_url: str, scre
     assert times != before
     assert page.locator("[data-do=play]").inner_text() == "Pause"
     page.locator("[data-do=play]").click()
-    still = shown(page)
-    assert still == [frame(page)] * 3
+    still = frame(page)
+    assert all_show(page, still)
     page.wait_for_timeout(200)
-    assert shown(page) == still, "paused"
+    assert all_show(page, still), "paused"
     seen.check()
 
 
@@ -148,17 +157,17 @@ def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
     assert page.locator(".tr-clip").count() == 4, "a column for every recipe"
     page.locator("[data-do=forward]").click()
     page.locator("[data-do=forward]").click()
-    assert shown(page) == [2] * 4
+    assert all_show(page, 2)
     page.locator("[data-do=back]").click()
-    assert shown(page) == [1] * 4
+    assert all_show(page, 1)
     page.locator(".tr-clip-columns").press("ArrowRight")
-    assert shown(page) == [2] * 4
+    assert all_show(page, 2)
     field = page.locator(".tr-curve-psnr .tr-curve-field")
     box = field.bounding_box()
     field.click(position={"x": box["width"] * 11.5 / FRAMES, "y": 40})
-    assert shown(page) == [11] * 4 and frame(page) == 11
+    assert all_show(page, 11)
     page.locator(".tr-motion [data-seek]").first.click()
-    assert shown(page) == [5] * 4, "the worst frame, which the table names"
+    assert all_show(page, 5), "the worst frame, which the table names"
     assert (
         "frame 5" in page.locator(".tr-motion").inner_text()
         and "3.25 levels" in page.locator(".tr-motion").inner_text()
@@ -191,7 +200,7 @@ def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
     page.get_by_role("option").nth(1).click()
     page.wait_for_function("document.querySelector('.tr-clip a').download.startsWith('fp_001')")
     page.wait_for_function("document.querySelector('.tr-clip-frame').innerText.startsWith('frame 0')")
-    assert shown(page) == [0] * 4
+    assert all_show(page, 0)
     seen.check()
 
 
@@ -227,11 +236,11 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     assert "turtle" in page.locator("#prompt-examples").inner_text()
     page.locator("#compare").click()
     page.wait_for_selector(".tr-strip-row >> nth=1")
-    fake_core.runs.pace = 0.4
-    picture(page, screenshots, "10-clips-sampling")
+    fake_core.runs.pace = 0.6
     page.locator("#cancel").dispatch_event("click")
     page.wait_for_selector("#strip .tr-strip.cancelled")
     page.wait_for_selector(".tr-strip-row >> text=stopped after step")
+    picture(page, screenshots, "10-clips-cancelled")
     assert page.evaluate(
         "[...document.querySelectorAll('.tr-strip-row img')].every((image) => image.naturalWidth > 100)"
     )

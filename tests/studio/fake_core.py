@@ -157,6 +157,7 @@ class _FakeRun:
     def __init__(self, runs: FakeRuns, spec: RunSpec, folder: Path, say: Any, cancelled: Any) -> None:
         self.runs, self.spec, self.folder, self._say, self.cancelled = runs, spec, folder, say, cancelled
         self.moving = spec.model == "pocket-video"
+        self.report: dict[str, Any] = {"recipes": {}}
 
     def say(self, event: dict[str, Any]) -> None:
         with (self.folder / "events.jsonl").open("a") as log:
@@ -175,6 +176,8 @@ class _FakeRun:
             if self.spec.command == "compare":
                 report = self._report()
         except Cancelled as error:
+            if self.report["recipes"]:
+                self._write(self.report, "report.json")
             self._write({"state": "cancelled"}, "state.json")
             self.say({"kind": "cancelled", "text": str(error)})
             raise
@@ -227,7 +230,12 @@ class _FakeRun:
         }
 
     def _report(self) -> dict[str, Any]:
-        recipes: dict[str, Any] = {}
+        recipes = self.report["recipes"]
+        self.report |= {
+            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
+            "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
+            "spec": self.spec.to_dict(), "clip": fake_clips.SHAPE if self.moving else None,
+        }  # fmt: skip
         for recipe in self.spec.recipes:
             stage = "sample" if recipe.quantized else "reference"
             self.say({"kind": "stage", "stage": stage, "label": "sampling", "recipe": recipe.name})
@@ -237,11 +245,7 @@ class _FakeRun:
                 recipes[recipe.name] |= fake_clips.fields(recipe.name, made)
             self.say({"kind": "result", "recipe": recipe.name, "metrics": recipes[recipe.name]})
         recipes["fp-again"] = {"kind": "noise_floor", "identical": True, "psnr": None, "ssim": 1.0, "n": 1}
-        return {
-            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
-            "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
-            "recipes": recipes, "spec": self.spec.to_dict(), "clip": fake_clips.SHAPE if self.moving else None,
-        }  # fmt: skip
+        return self.report
 
     def _sample(self, name: str, prompt: int) -> dict[str, str | None]:
         for step in range(1, self.spec.steps + 1):

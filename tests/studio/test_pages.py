@@ -188,7 +188,7 @@ def test_runs_are_listed_opened_and_their_settings_loaded(studio: Studio, sessio
     list(session.compare(visitor(), *values(dataclasses.replace(form, seed=5, steps=6))))
     rows = handlers.rows()[1]
     opened = handlers.open(SimpleNamespace(row_value=rows[0]))  # type: ignore[arg-type]
-    assert len(opened[page.gallery]) == 3
+    assert len(opened[page.gallery].value) == 3
     assert "31.0 dB" in opened[page.metrics]
     run_id = opened[page.chosen]
     assert handlers.show(run_id)[session.page.result.run_id] == run_id
