@@ -53,7 +53,7 @@ def build() -> ActivationsPage:
             PART_CHOICES, value=SPATIAL, label="Blocks", elem_id="layer-part", interactive=True, visible=False, min_width=190,
             elem_classes="tr-segments",
         )  # fmt: skip
-        layer = gr.Dropdown([], label="Layer (its input)", elem_id="layer", interactive=True, min_width=220, scale=2)
+        layer = gr.Dropdown([], label="Layer (its input)", elem_id="layer", interactive=True, min_width=220, scale=3)
         group = gr.Dropdown([], label="Timestep group", elem_id="group", interactive=True, min_width=140)
         log_y = gr.Checkbox(True, label="Logarithmic counts", elem_id="log-y", interactive=True, min_width=140)
     note = gr.HTML(elem_id="activations-note")
@@ -137,7 +137,7 @@ class _Handlers:
         page = self.page
         return {
             page.part: gr.Radio(value=part, visible=len(layers) > 1),
-            page.layer: gr.Dropdown(choices=layers[part], value=layer),
+            page.layer: gr.Dropdown(choices=[(words.in_part(name), name) for name in layers[part]], value=layer),
         }
 
     def _choices(self, form: Form, info: Any, labels: list[str], index: int) -> Updates:

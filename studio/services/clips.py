@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import uuid
@@ -109,6 +110,18 @@ def partials(run: StoredRun) -> list[Partial]:
             )
             left[recipe] = Partial(recipe, path, said)
     return list(left.values())
+
+
+def psnr_of_pair(run: StoredRun, left: str, right: str, prompt: int) -> float | None:
+    """PSNR in dB of two recipes' pictures, or the mean over the frames of their clips; infinite if all are equal."""
+    if makes_clips(run):
+        pairs = list(zip(frames_of(run, left, prompt), frames_of(run, right, prompt), strict=False))
+    else:
+        both = run.picture(left, prompt), run.picture(right, prompt)
+        pairs = [both] if both[0] is not None and both[1] is not None else []
+    values = [pictures.psnr(one, other) for one, other in pairs if one.size == other.size]
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.inf if values else None
 
 
 def frames_of(run: StoredRun, recipe: str, prompt: int) -> list[Image.Image]:
