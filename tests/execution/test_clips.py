@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trdq_core import metrics, outputs, runs
+from trdq_core import inspection, metrics, outputs, runs
 from trdq_core.errors import BackendUnavailable, Cancelled
 from trdq_core.execution import samples
 from trdq_core.presets import parse_recipe
-from trdq_core.specs import RunSpec
+from trdq_core.specs import RunSpec, SharingSpec
 from trdq_core.video_files import filmstrip, read_png_sequence
 
 FRAMES, SIDE, STEPS = 4, 16, 2
@@ -157,3 +157,35 @@ def test_calibrate_and_profile_take_clips(tiny_video_folder: Path, tmp_path: Pat
     report = runs.run(spec_of(tiny_video_folder, "profile", recipes=(parse_recipe("rtn-w8a8"),)), tmp_path)
     assert report["calibration"]["prompts"] == 2 and report["clip"]["frames"] == FRAMES
     assert report["recipes"]["rtn-w8a8"]["step_ms"]["n"] == 1
+
+
+def test_attention_is_measured_and_planned_on_clips(tiny_video_folder: Path, tmp_path: Path) -> None:
+    wish = SharingSpec(target_psnr_db=12.0)
+    report = runs.run(spec_of(tiny_video_folder, "attention", recipes=(), sharing=wish), tmp_path)
+    assert len(report["similarity"]["block_error"]) == 2, "spatial blocks only"
+    assert report["similarity"]["plan"]["blocks"] == [[0, 1]]
+    assert report["similarity"]["plan"]["measured_prompts"] == 2
+
+
+def test_space_and_time_are_inspected_apart(tiny_video_folder: Path, done: Done) -> None:
+    (info,) = runs.list_calibrations(tiny_video_folder.name)
+    names = inspection.layers(info.folder)
+    recipe = parse_recipe("tr-dq-w4a8", groups=2)
+    for layer in ("transformer_blocks.1.ff.net.2", "temporal_transformer_blocks.1.ff.net.2"):
+        assert layer in names
+        view = inspection.histograms(info.folder, str(tiny_video_folder), recipe, layer, 1)
+        assert view.before.sum() == view.after.sum() == view.rows * 512
+        assert inspection.channel_timeline(info.folder, layer).absmax.shape == (STEPS, 512)
+
+
+@pytest.mark.slow
+def test_the_pocket_model_makes_clips_in_little_memory(tmp_path: Path) -> None:
+    spec = RunSpec(
+        command="sample", model="pocket-video", recipes=(parse_recipe("tr-dq-w4a8"),), prompts=("frog",), steps=2,
+        calibration_prompts=("fox",),
+    )  # fmt: skip
+    report = runs.run(spec, tmp_path)
+    row = report["recipes"]["tr-dq-w4a8"]
+    assert report["clip"] == {"frames": 16, "height": 64, "width": 64, "fps": 8}
+    assert read_png_sequence(tmp_path / row["frames"][0]).shape == (16, 64, 64, 3)
+    assert row["peak_rss_bytes"] < 3 * 2**30
