@@ -21,7 +21,10 @@ from studio.services.similarity import Choice, check_measure, slider_range
 from studio.state import ATTENTION_STAGES, LiveRun, Progress
 
 Updates = dict[Any, Any]
-SPATIAL = "Spatial attention only: the temporal blocks, which attend across the frames, are neither measured here nor shared by a plan."
+SPATIAL = (
+    "Spatial attention only: the temporal blocks, which attend across the frames, are neither measured here nor "
+    "shared by a plan."
+)
 RANDOM = "This model has random weights: its times are real, but how alike its branches attend says nothing."
 
 

@@ -247,3 +247,23 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
     page.wait_for_selector("#run-pictures >> text=stopped after step")
+
+
+def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screenshots: Path) -> None:
+    seen = visit(fake_url)
+    page = seen.page
+    choose_video(page)
+    page.get_by_role("tab", name="Guidance", exact=True).click()
+    page.locator("#measure-attention").click()
+    page.wait_for_selector("#blocks-map .tr-map-field")
+    page.wait_for_selector("#guidance-note >> text=Spatial attention only")
+    page.locator("#try").click()
+    page.wait_for_selector("#trial-numbers >> text=mean over the frames of one clip")
+    picture(page, screenshots, "11-clips-guidance")
+    page.get_by_role("tab", name="Layers", exact=True).click()
+    page.wait_for_selector("#edit-totals .tr-cards")
+    page.locator("#run-scan").click()
+    page.wait_for_function("document.querySelectorAll('#scan-chart .main-svg .barlayer .trace').length > 1")
+    picture(page, screenshots, "12-clips-layers")
+    assert no_sideways_scrolling(page)
+    seen.check()
