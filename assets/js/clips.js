@@ -138,7 +138,6 @@ function label() {
   const button = control('play');
   if (!button) return;
   button.textContent = playing ? 'Pause' : 'Play';
-  button.setAttribute('aria-pressed', String(playing));
 }
 
 function halt() {

@@ -110,9 +110,8 @@ def player(run: StoredRun, prompt: int, publish: Publish) -> str:
     colours = _colours(run)
     said = run.prompts[prompt] if prompt < len(run.prompts) else ""
     figures = "".join(_figure(clip, shape, said, colours[clip.recipe], publish) for clip in found)
-    note = (
-        f'<p class="tr-small tr-clip-note" {"hidden" if all(clip.video for clip in found) else ""}>{_no_video(run)}</p>'
-    )
+    playable = all(clip.video for clip in found)
+    note = f'<p class="tr-notice info tr-clip-note" {"hidden" if playable else ""}>{"" if playable else _no_video(run)}</p>'
     return (
         f'<div class="tr-clips" data-clips="{escape(_data(found, shape, publish))}">{_transport(shape)}{note}'
         '<div class="tr-clip-columns" tabindex="0" role="group" aria-label="Clips. Space plays and pauses, left and right '
@@ -144,7 +143,7 @@ def _transport(shape: ClipShape) -> str:
     )
     return (
         '<div class="tr-transport" role="group" aria-label="Playback of all clips together">'
-        '<button type="button" class="tr-play" data-do="play" aria-pressed="false">Play</button>'
+        '<button type="button" class="tr-play" data-do="play">Play</button>'
         '<button type="button" data-do="back" aria-label="One frame back" title="One frame back">&#8249;</button>'
         '<button type="button" data-do="forward" aria-label="One frame forward" title="One frame forward">&#8250;</button>'
         f'<input type="range" data-do="seek" min="0" max="{shape.frames - 1}" step="1" value="0" aria-label="Frame">'

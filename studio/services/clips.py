@@ -155,7 +155,7 @@ def _clip(run: StoredRun, shape: ClipShape, name: str, facts: dict[str, Any], pr
 def _frame_files(run: StoredRun, facts: dict[str, Any], prompt: int) -> list[Path]:
     relative = _of_prompt(facts, "frames", prompt)
     folder = inside(run.folder, relative) if isinstance(relative, str) else None
-    return sorted(folder.glob("*.png")) if folder is not None else []
+    return sorted(file for file in folder.glob("*.png") if not file.is_symlink()) if folder is not None else []
 
 
 def _of_prompt(facts: dict[str, Any], name: str, prompt: int) -> Any:

@@ -216,17 +216,18 @@ class _FakeRun:
         return {"command": "attention", "recipes": {}, "similarity": means}
 
     def _scan(self) -> dict[str, Any]:
+        layers = fake_clips.LAYERS if self.moving else LAYERS
         for index, (label, recipe) in enumerate(zip(self.spec.bits, self.spec.recipes, strict=True)):
-            for done, layer in enumerate(LAYERS):
+            for done, layer in enumerate(layers):
                 self._pause("measure")
-                self.say({"kind": "progress", "stage": "measure", "done": done + 1, "total": len(LAYERS), "detail": layer,
-                          "recipe": recipe.name, "eta_seconds": (len(LAYERS) - done) * self.runs.pace})  # fmt: skip
-            write_scan(self.folder, self.spec, [(name, role_of(name)) for name in LAYERS], self.spec.bits[: index + 1])
+                self.say({"kind": "progress", "stage": "measure", "done": done + 1, "total": len(layers), "detail": layer,
+                          "recipe": recipe.name, "eta_seconds": (len(layers) - done) * self.runs.pace})  # fmt: skip
+            write_scan(self.folder, self.spec, [(name, role_of(name)) for name in layers], self.spec.bits[: index + 1])
             self.say({"kind": "stage", "stage": "measure", "label": f"layers alone at {label}", "recipe": recipe.name})
         return {
             "command": "sensitivity",
             "recipes": {},
-            "sensitivity": {"bits": list(self.spec.bits), "layers": list(LAYERS)},
+            "sensitivity": {"bits": list(self.spec.bits), "layers": list(layers)},
         }
 
     def _report(self) -> dict[str, Any]:
@@ -306,6 +307,8 @@ class FakeCore:
 
 
 def role_of(name: str) -> str:
+    if name.startswith("temporal_"):
+        return "temporal_q" if name.endswith("to_q") else "temporal_mlp_in"
     return {"attn1.to_q": "self_q", "attn2.to_q": "cross_q"}.get(name.split(".", 2)[2], "mlp_in")
 
 
