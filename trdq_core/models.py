@@ -87,3 +87,11 @@ def layers_of_model(name: str) -> tuple[LayerInfo, ...]:
     from trdq_core.adapters import layers_of
 
     return layers_of(name, folder)
+
+
+def notes_of_model(name: str) -> tuple[str, ...]:
+    """What of a model could not be placed in its plan, one sentence each, from its configuration alone."""
+    folder = find_folder(name)
+    from trdq_core.adapters import notes_of
+
+    return notes_of(folder)

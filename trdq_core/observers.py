@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from trdq_core.errors import CalibrationError
 from trdq_core.statistics import FP16_MAX, LayerStatistics
-from trdq_core.timegroups import TimeContext
+from trdq_core.timegroups import TimeArgument, TimeContext
 from trdq_core.transforms.base import InputTransform
+
+TEXT_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask")
 
 
 class Observer(Protocol):
@@ -62,8 +64,15 @@ class InputObserver:
         """Timesteps of the present prompt, in the order they were sampled."""
         return list(self._calls)
 
+    @property
+    def silent(self) -> bool:
+        """Whether its linear was never called: some models use the weights of one without calling it."""
+        return not self._calls and self._finished is None
+
     def finish(self) -> None:
         """The present prompt is done: add it to what is kept."""
+        if self.silent:
+            return
         item_absmax = torch.stack([torch.cat(absmax) for absmax, _ in self._calls.values()])
         rows = torch.stack([torch.cat(parts) for _, parts in self._calls.values()])
         self.keep(LayerStatistics(item_absmax, rows))
@@ -130,7 +139,7 @@ def observing(
     observers: Mapping[str, Observer],
     time: TimeContext,
     *,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
     text_inputs: Collection[str] = (),
 ) -> Iterator[None]:
     """Let each observer watch the input of the linear it is listed under; all hooks are gone afterwards.
@@ -158,7 +167,7 @@ class TextMask:
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the mask (batch, tokens) of a call, if it has one; other forms say nothing of padding."""
-        mask = kwargs.get("encoder_attention_mask")
+        mask = next((kwargs[name] for name in TEXT_MASKS if name in kwargs), None)
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def visible(self, x: Tensor) -> Tensor | None:

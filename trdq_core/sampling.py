@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trdq_core import branches
 from trdq_core.plan import LayerInfo
+from trdq_core.timegroups import TimeArgument
 
 OnStep = Callable[[int, float, Tensor], None]  # step, timestep, latents after it
 
@@ -55,7 +56,7 @@ class SampledModel(Protocol):
 
     name: str
     denoiser: nn.Module
-    timestep_argument: str
+    timestep_argument: TimeArgument | str
     device: torch.device
     dtype: torch.dtype
     clip: ClipShape | None  # None where it makes pictures

@@ -43,8 +43,8 @@ def test_folders_are_told_apart_by_their_pipeline(tiny_video_folder: Path, tiny_
 def test_other_pipelines_and_missing_folders_get_one_sentence(tiny_video_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_video_folder, tmp_path / "model")
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
-    with pytest.raises(ModelError, match="its pipeline is WanPipeline; supported are .*PixArt.*, LattePipeline"):
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "MadeUpPipeline"}))
+    with pytest.raises(ModelError, match="its pipeline MadeUpPipeline is not one of diffusers"):
         load_adapter("model", copy)
     with pytest.raises(ModelError, match="there is no folder nowhere"):
         load_adapter("nowhere", tmp_path / "nowhere")

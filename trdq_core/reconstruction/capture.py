@@ -15,7 +15,7 @@ from trdq_core.events import Progress
 from trdq_core.reconstruction.calls import BatchSize, CallTemplate, RecordedCalls, Slot, map_leaves, tensors_of
 from trdq_core.sampling import SampledModel, sample
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import timestep_value
+from trdq_core.timegroups import TimeArgument, time_argument
 
 ITEMS = 384  # pictures of one branch at one timestep that are recorded, at most
 MEMORY = 1 << 30  # bytes of recorded tensors; a large model is recorded at fewer timesteps instead
@@ -32,11 +32,11 @@ class CallRecorder:
     """
 
     def __init__(
-        self, denoiser: nn.Module, modules: Sequence[str], argument: str, *, walked: Sequence[str] = ()
+        self, denoiser: nn.Module, modules: Sequence[str], argument: TimeArgument | str, *, walked: Sequence[str] = ()
     ) -> None:
         self.wanted: Callable[[], bool] = lambda: True
         self.prompt = 0
-        self._denoiser, self._argument = denoiser, argument
+        self._denoiser, self._argument = denoiser, time_argument(argument)
         self._walked = frozenset(walked)
         self._modules = {name: denoiser.get_submodule(name) for name in modules}
         self._templates: dict[str, CallTemplate] = {}
@@ -96,7 +96,7 @@ class CallRecorder:
         self._seen, self._left = {}, None
         if self._recording:
             self._batch = len(tensors_of((args, kwargs))[0])
-            timestep = timestep_value(kwargs[self._argument])
+            timestep = self._argument.value(args, kwargs)
             self._items += [(timestep, self.prompt, branch) for branch in range(self._batch)]
 
     def _after(self, name: str) -> Any:
