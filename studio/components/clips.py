@@ -29,6 +29,7 @@ PIXELS = (
     "The videos are mp4 files (H.264, compressed). Filmstrips, wipe, difference and every number come from the exact PNG "
     "frames; tick Exact frames to play those instead."
 )
+GONE = "The frames of these clips are not there any more."
 TEMPORAL_ERROR = (
     "RMS difference of the change from frame to frame from the reference's, in grey levels of 255: flicker."
 )
@@ -105,8 +106,8 @@ def player(run: StoredRun, prompt: int, publish: Publish) -> str:
     shape, found = services.shape_of(run), services.clips_of(run, prompt)
     rest = strips(partial_strips(run), publish)
     if shape is None or not found:
-        missing = html.notice("The frames of this run's clips are not there any more.", "info") if run.recipes else ""
-        return missing + rest
+        kept = any(facts.get("frames") for facts in run.recipes.values())  # a timing keeps none
+        return html.notice(GONE if kept else "", "info") + rest
     colours = _colours(run)
     said = run.prompts[prompt] if prompt < len(run.prompts) else ""
     figures = "".join(_figure(clip, shape, said, colours[clip.recipe], publish) for clip in found)

@@ -10,7 +10,7 @@ PART_CHOICES = [("Spatial", SPATIAL), ("Temporal", TEMPORAL)]
 
 def part_of(name: str) -> str:
     """Where a layer or a block attends: across the frames of a clip, or within one as in every model of pictures."""
-    return TEMPORAL if "temporal_transformer_blocks" in name else SPATIAL
+    return TEMPORAL if "tempora" in name else SPATIAL
 
 
 def parts_of(names: Iterable[str]) -> dict[str, list[str]]:

@@ -238,14 +238,14 @@ def test_without_a_codec_the_exact_frames_play(visit: Open, fake_url: str, fake_
 def test_a_cancelled_run_leaves_its_filmstrips(
     visit: Open, fake_url: str, fake_core: FakeCore, screenshots: Path
 ) -> None:
-    fake_core.runs.pace = 0.1
+    fake_core.runs.pace = 0.3  # long enough for a busy machine to see the second recipe begin
     page = visit(fake_url).page
     choose_video(page, 6)
     assert page.locator("#prompt textarea").input_value() == "whale", "a prompt that the model knows"
     assert "turtle" in page.locator("#prompt-examples").inner_text()
     page.locator("#compare").click()
     page.wait_for_selector(".tr-strip-row >> nth=1")
-    fake_core.runs.pace = 0.6
+    fake_core.runs.pace = 1.0
     page.locator("#cancel").dispatch_event("click")
     page.wait_for_selector("#strip .tr-strip.cancelled")
     page.wait_for_selector(".tr-strip-row >> text=stopped after step")
@@ -256,6 +256,8 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
     page.wait_for_selector("#run-pictures >> text=stopped after step")
+    page.wait_for_timeout(300)
+    picture(page, screenshots, "13-clips-runs")
 
 
 def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screenshots: Path) -> None:

@@ -119,13 +119,17 @@ def test_a_player_holds_the_numbers_and_every_file(run: StoredRun) -> None:
     ):
         assert said in page
     assert page.count("<video") == 3 and page.count('class="tr-curve-field"') == 2
-    assert "Look closer" not in component.player(only(run, "fp"), 0, publish), (
+    gone = {name: facts | {"frames": ["frames/none"]} for name, facts in run.recipes.items()}
+    assert component.GONE in component.player(with_rows(run, gone), 0, publish)
+    timed = {name: {"kind": facts["kind"], "step_ms": facts["step_ms"]} for name, facts in run.recipes.items()}
+    assert component.player(with_rows(run, timed), 0, publish) == "", "a timing has no clips"
+    assert "Look closer" not in component.player(with_rows(run, {"fp": run.recipes["fp"]}), 0, publish), (
         "one clip has nothing to be compared with"
     )
 
 
-def only(run: StoredRun, name: str) -> StoredRun:
-    return dataclasses.replace(run, report=run.report | {"recipes": {name: run.report["recipes"][name]}})
+def with_rows(run: StoredRun, rows: dict[str, Any]) -> StoredRun:
+    return dataclasses.replace(run, report=run.report | {"recipes": rows})
 
 
 def test_foreign_text_is_escaped(run: StoredRun) -> None:

@@ -172,7 +172,7 @@ def test_spatial_and_temporal_layers_are_looked_at_apart(studio: Studio, session
     list(session.calibrate(visitor(), *values(moving)))
     for part, prefix in (("spatial", "transformer_blocks."), ("temporal", "temporal_transformer_blocks.")):
         update = next(iter(handlers.draw(visitor(), None, part, "forged", 0, True, *values(moving))))
-        names = [name for name, _ in update[page.layer].choices]
+        names = [name for _, name in update[page.layer].choices]
         assert update[page.part].visible
         assert names and all(name.startswith(prefix) for name in names)
         assert update[page.layer].value == names[0]
