@@ -74,8 +74,8 @@ def strips(rows: Sequence[Strip], publish: Publish) -> str:
 
 
 def is_moving(run: StoredRun) -> bool:
-    """Whether a run made clips."""
-    return services.shape_of(run) is not None
+    """Whether a run makes clips, finished or not."""
+    return services.makes_clips(run)
 
 
 def live_strips(run: LiveRun, names: Sequence[str], publish: Publish) -> str:
@@ -93,6 +93,17 @@ def partial_strips(run: StoredRun) -> list[Strip]:
     """What a stopped run left of the recipes that it did not finish."""
     colours = _colours(run)
     return [Strip(title_of(one.recipe, {}), colours[one.recipe], one.said, one.image) for one in services.partials(run)]
+
+
+def run_strips(run: StoredRun, publish: Publish) -> str:
+    """Every filmstrip of a run, prompt by prompt, and those of what it did not finish."""
+    colours, rows = _colours(run), []
+    for index, prompt in enumerate(run.prompts):
+        for name, facts in run.recipes.items():
+            image = services.strip_of(run, name, index)
+            if image is not None:
+                rows.append(Strip(title_of(name, facts), colours[name], prompt, image))
+    return strips([*rows, *partial_strips(run)], publish)
 
 
 def _colours(run: StoredRun) -> dict[str, str]:

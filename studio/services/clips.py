@@ -112,6 +112,13 @@ def partials(run: StoredRun) -> list[Partial]:
     return list(left.values())
 
 
+def strip_of(run: StoredRun, recipe: str, prompt: int) -> Path | None:
+    """The filmstrip of one clip; nothing if it is not there."""
+    relative = _of_prompt(run.recipes.get(recipe, {}), "images", prompt)
+    path = inside(run.folder, relative) if isinstance(relative, str) else None
+    return path if path is not None and path.is_file() else None
+
+
 def psnr_of_pair(run: StoredRun, left: str, right: str, prompt: int) -> float | None:
     """PSNR in dB of two recipes' pictures, or the mean over the frames of their clips; infinite if all are equal."""
     if makes_clips(run):

@@ -255,8 +255,11 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     )
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
-    page.wait_for_selector("#run-pictures >> text=stopped after step")
-    page.wait_for_timeout(300)
+    page.wait_for_selector("#run-strips >> text=stopped after step")
+    page.wait_for_function(
+        "document.querySelectorAll('#run-strips img').length === 2"
+        " && [...document.querySelectorAll('#run-strips img')].every((image) => image.naturalWidth > 100)"
+    )
     picture(page, screenshots, "13-clips-runs")
 
 
