@@ -35,11 +35,12 @@ def join(conditionings: Sequence[Conditioning]) -> Conditioning:
 
 
 class ClipShape(NamedTuple):
-    """The clips that a model makes: how many frames, their size in pixels, and frames a second."""
+    """The clips that a model makes: how many frames, their size in pixels, and frames a second. None where only a decoded
+    clip shows it."""
 
-    frames: int
-    height: int
-    width: int
+    frames: int | None
+    height: int | None
+    width: int | None
     fps: float
 
 

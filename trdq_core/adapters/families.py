@@ -26,6 +26,7 @@ class Family(NamedTuple):
     flipped: bool = False
     layout: GuidanceLayout = "joint"
     video: bool = False
+    fps: float = 8.0  # frames a second that its clips were trained at
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -42,9 +43,9 @@ FAMILIES: Mapping[str, Family] = {
     "ZImageTransformer2DModel": Family("Z-Image", scale=1000, flipped=True, layout="joint_reversed"),
     "LatteTransformer3DModel": Family("Latte", video=True),
     "CogVideoXTransformer3DModel": Family("CogVideoX", video=True),
-    "WanTransformer3DModel": Family("Wan 2.1, Wan 2.2 with one transformer", layout="two_calls", video=True),
-    "LTXVideoTransformer3DModel": Family("LTX-Video", video=True),
-    "HunyuanVideoTransformer3DModel": Family("HunyuanVideo", layout="two_calls", video=True),
+    "WanTransformer3DModel": Family("Wan 2.1, Wan 2.2 with one transformer", layout="two_calls", video=True, fps=16.0),
+    "LTXVideoTransformer3DModel": Family("LTX-Video", video=True, fps=24.0),
+    "HunyuanVideoTransformer3DModel": Family("HunyuanVideo", layout="two_calls", video=True, fps=24.0),
 }
 
 # Settings of a pipeline's call, set wherever it has them: text is not cleaned by packages that may be absent, and the size

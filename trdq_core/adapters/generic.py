@@ -15,7 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from trdq_core.adapters.branch_tags import tagged
-from trdq_core.adapters.families import GuidanceLayout, family_of, known_time
+from trdq_core.adapters.families import Family, GuidanceLayout, family_of, known_time
 from trdq_core.adapters.folder import check_folder
 from trdq_core.adapters.pipelines import PipelineModel
 from trdq_core.adapters.probe import STEPS, Branches, Call, layout_of, time_of, traced_inputs
@@ -30,7 +30,7 @@ from trdq_core.adapters.stock_call import (
 from trdq_core.adapters.stock_run import StockRun
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
-from trdq_core.sampling import Conditioning, OnStep
+from trdq_core.sampling import ClipShape, Conditioning, OnStep
 from trdq_core.timegroups import TimeArgument
 
 
@@ -95,6 +95,14 @@ class TransformerModel(PipelineModel):
                 handle.remove()
 
         return traced_inputs(self.denoiser, run, layers)
+
+    @property
+    def clip(self) -> ClipShape | None:  # type: ignore[override]
+        """Clips of the size asked for, None if it makes pictures. In families nobody has seen, the transformer's name tells."""
+        family, size = family_of(self.denoiser), self._run.size
+        video = family.video if family is not None else type(self.denoiser).__name__.endswith("Transformer3DModel")
+        fps = family.fps if family is not None else Family("").fps
+        return ClipShape(size.get("frames"), size.get("height"), size.get("width"), fps) if video else None
 
     @property
     def timestep_argument(self) -> TimeArgument:  # type: ignore[override]
