@@ -70,7 +70,8 @@ def shape_of(run: StoredRun) -> ClipShape | None:
 
 def makes_clips(run: StoredRun) -> bool:
     """Whether the run is one of clips, though it may have finished none."""
-    return shape_of(run) is not None or (run.spec is not None and kind_of(run.spec.model) == "video")
+    told = isinstance(run.report.get("clip"), dict)
+    return told or (run.spec is not None and kind_of(run.spec.model) == "video")
 
 
 def clips_of(run: StoredRun, prompt: int) -> list[Clip]:
