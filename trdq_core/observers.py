@@ -137,10 +137,11 @@ def observing(
 
     Observers of `text_inputs` see no padding, which is most of a short prompt and which attention masks out.
     """
-    text = TextMask()
-    handles = [time.attach(denoiser, argument), denoiser.register_forward_pre_hook(text.follow, with_kwargs=True)]
+    text, items = TextMask(), CallItems()
+    handles = [time.attach(denoiser, argument)]
+    handles += [denoiser.register_forward_pre_hook(one.follow, with_kwargs=True) for one in (text, items)]
     for name, observer in observers.items():
-        hook = _watch(observer, text if name in text_inputs else None)
+        hook = _watch(observer, items, text if name in text_inputs else None)
         handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
     try:
         yield
@@ -167,8 +168,27 @@ class TextMask:
         return self._mask
 
 
-def _watch(observer: Observer, text: TextMask | None) -> Any:
+class CallItems:
+    """How many items, pictures or clips of one branch each, the present call of the denoiser holds."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the batch size of a call, that of its latents."""
+        latents = args[0] if args else kwargs.get("hidden_states")
+        self._count = len(latents) if isinstance(latents, Tensor) else 0
+
+    def joined(self, x: Tensor) -> Tensor:
+        """x (items, tokens, channels). Blocks of a video model read (items * frames, patches, channels) or (items * patches,
+        frames, channels): there the tokens of a clip come together, so that statistics do not grow with its frames."""
+        parts = x.shape[0] // self._count if self._count and x.dim() == 3 and x.shape[0] % self._count == 0 else 1
+        return x.reshape(self._count, -1, x.shape[-1]) if parts > 1 else x
+
+
+def _watch(observer: Observer, items: CallItems, text: TextMask | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:  # returning anything would replace the input
-        observer.observe(args[0], None if text is None else text.visible(args[0]))
+        mask = None if text is None else text.visible(args[0])
+        observer.observe(items.joined(args[0]) if mask is None else args[0], mask)
 
     return hook

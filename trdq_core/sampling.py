@@ -33,6 +33,15 @@ def join(conditionings: Sequence[Conditioning]) -> Conditioning:
     )
 
 
+class ClipShape(NamedTuple):
+    """The clips that a model makes: how many frames, their size in pixels, and frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
 class Trajectory(NamedTuple):
     """One sampled picture or clip: latents after every step, the timesteps, and the seconds that denoising took."""
 
@@ -49,6 +58,7 @@ class SampledModel(Protocol):
     timestep_argument: str
     device: torch.device
     dtype: torch.dtype
+    clip: ClipShape | None  # None where it makes pictures
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the denoiser with its role and the leader of the input it reads."""

@@ -17,6 +17,7 @@ from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
+from trdq_core.sampling import ClipShape
 
 
 class PipelineModel:
@@ -26,6 +27,7 @@ class PipelineModel:
     """
 
     timestep_argument = "timestep"
+    clip: ClipShape | None = None  # families that make clips say so
 
     def __init__(self, folder: Path, pipelines: Sequence[str], name: str | None = None) -> None:
         check_folder(folder, pipelines)

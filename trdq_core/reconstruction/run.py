@@ -214,7 +214,7 @@ def _make_task(unit: Unit, replay: Replay, linears: Sequence[UnitLinear], model:
     learn, held_out = _split(record, unit.kind == "temporal")
     return Task(
         unit.module, module, soft, arguments, lambda items: [part[items].to(device) for part in targets], learn, held_out,
-        replay.groups,
+        record, replay.groups,
     )  # fmt: skip
 
 
