@@ -101,6 +101,12 @@ def models_text(models: Iterable[Any]) -> str:
     return _left(("model", "kind", "at hand", "folder", "what it is"), rows, columns=range(5))
 
 
+def peers_text(peers: Iterable[tuple[str, str | None, str]]) -> str:
+    """The table of other tools: name, what is missing of each, what it is."""
+    rows = [(name, "yes" if missing is None else f"no: {missing}", words) for name, missing, words in peers]
+    return _left(("peer", "at hand", "what it is"), rows, columns=range(3))
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}
@@ -119,6 +125,9 @@ def report_text(report: Mapping[str, Any]) -> str:
             lines.append(
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
+        lines += [
+            f"{name}: left out, {facts['error']}" for name, facts in recipes.items() if facts.get("kind") == "failed"
+        ]
     lines += _sharing_lines(report)
     return "\n".join(line for line in lines if line is not None)
 

@@ -27,7 +27,9 @@ def convert(task: Task) -> Converted:
             layer.in_features, layer.out_features, layer.bias is not None,
             has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta",
         )  # fmt: skip
-        quantized.weight = bitsandbytes.nn.Int8Params(layer.weight.detach(), has_fp16_weights=False, requires_grad=False)
+        quantized.weight = bitsandbytes.nn.Int8Params(
+            layer.weight.detach(), has_fp16_weights=False, requires_grad=False
+        )
         if layer.bias is not None:
             quantized.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         quantized = quantized.to(device).eval()

@@ -23,6 +23,7 @@ from trdq_core.peers.base import Call, Converted, Task
 
 DYNAMIC_GROUP = 32  # channels of an activation that share a scale, where only weights are stored in int8
 ROOT = "__module.denoiser."  # what its names of operations start with
+_TYPES = {"i8": "int8", "u8": "int8", "f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
@@ -30,7 +31,9 @@ def convert(task: Task) -> Converted:
     """The denoiser as a compiled graph. PeerError on a GPU, or where the chip has no bfloat16 and the peer's name has it."""
     inputs = tensors_of(task.example)
     if any(tensor.device.type != "cpu" for tensor in inputs):
-        raise PeerError(f"peer-{task.peer.name}: OpenVINO runs on the CPU here and this model is on a GPU; leave it out.")
+        raise PeerError(
+            f"peer-{task.peer.name}: OpenVINO runs on the CPU here and this model is on a GPU; leave it out."
+        )
     seconds = 0.0
     with without_telemetry():
         graph = _trace(task, inputs)
@@ -43,7 +46,9 @@ def convert(task: Task) -> Converted:
     module = CompiledGraph(graph, task.example, _options(task.peer.name))
     module(**task.example)
     if task.peer.name == "openvino-bf16" and module.precision() != "bf16":
-        raise PeerError(f"peer-{task.peer.name}: this chip has no bfloat16 that OpenVINO uses; take peer-openvino-fp32.")
+        raise PeerError(
+            f"peer-{task.peer.name}: this chip has no bfloat16 that OpenVINO uses; take peer-openvino-fp32."
+        )
     weights = None if task.peer.weight_bits is None else integer_bytes(graph)
     return Converted(module, module.kernels(), weights, constant_bytes(graph), _file_bytes(graph), seconds)
 
@@ -97,9 +102,11 @@ class CompiledGraph(nn.Module):
         """How many products ran in which type, read from the graph that the CPU plugin made."""
         found: dict[str, int] = {}
         for node in self._last().get_runtime_model().get_ops():
-            info = {key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info}
+            info = {
+                key: node.rt_info[key].astype(str) for key in ("layerType", "runtimePrecision") if key in node.rt_info
+            }
             if info.get("layerType") in ("FullyConnected", "MatMul", "ScaledDotProductAttention"):
-                words = f"OpenVINO {info['layerType']} {info.get('runtimePrecision', '')}".strip()
+                words = f"OpenVINO {info['layerType']} {_TYPES.get(info.get('runtimePrecision', ''), 'unknown type')}"
                 found[words] = found.get(words, 0) + 1
         return found
 
@@ -173,9 +180,7 @@ def _ignored(task: Task, graph: Any) -> Any:
 def _with_int8_weights(task: Task, graph: Any) -> Any:
     import nncf
 
-    return nncf.compress_weights(
-        graph, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=_ignored(task, graph)
-    )
+    return nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT8_SYM, ignored_scope=_ignored(task, graph))
 
 
 def _with_static_int8(task: Task, graph: Any, inputs: Sequence[Tensor]) -> Any:

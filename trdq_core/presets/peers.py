@@ -40,19 +40,20 @@ class Peer(NamedTuple):
 _ALL = (
     Peer("torch-compile", "torch_compile", "The reference itself under torch.compile: nothing is quantized."),
     Peer("torchao-int8", "torchao", "torchao, int8 weights and activations per token at run time.", ("torchao",), 8, 8),
-    Peer("torchao-int8-compile", "torchao", "The same under torch.compile.", ("torchao",), 8, 8),
+    Peer("torchao-int8-compile", "torchao", "torchao as above, under torch.compile.", ("torchao",), 8, 8),
     Peer("sdnq-int8", "sdnq", "SDNQ, int8 weights, activations per token at run time.", ("sdnq",), 8, 8),
-    Peer("sdnq-int8-hadamard", "sdnq", "The same behind SDNQ's Hadamard rotation.", ("sdnq",), 8, 8),
+    Peer("sdnq-int8-hadamard", "sdnq", "SDNQ as above, behind its Hadamard rotation.", ("sdnq",), 8, 8),
     Peer("quanto-int8", "quanto", "optimum-quanto, int8 with static activations.", ("optimum.quanto",), 8, 8, True),
     Peer("quanto-int8-weights", "quanto", "optimum-quanto, int8 weights alone.", ("optimum.quanto",), 8),
     Peer("bitsandbytes-int8", "bitsandbytes", "LLM.int8(): outlier channels stay in floating point.", ("bitsandbytes",), 8, 8),
     Peer("openvino-fp32", "openvino", "OpenVINO, nothing quantized, all in FP32.", ("openvino",)),
-    Peer("openvino-bf16", "openvino", "OpenVINO, nothing quantized, in bfloat16: its default where the chip has it.", ("openvino",)),
+    Peer("openvino-bf16", "openvino", "OpenVINO, nothing quantized, in bfloat16, its default where the chip has it.",
+         ("openvino",)),
     Peer("openvino-int8-weights", "openvino", "OpenVINO, int8 weights, activations quantized in groups at run time.",
          ("openvino", "nncf"), 8, 8),
-    Peer("openvino-int8", "openvino", "OpenVINO and NNCF, static INT8, attention products too; the rest as OpenVINO likes.",
+    Peer("openvino-int8", "openvino", "OpenVINO and NNCF, static INT8; the rest in the type OpenVINO picks for the chip.",
          ("openvino", "nncf"), 8, 8, True),
-    Peer("openvino-int8-fp32", "openvino", "The same with the rest in FP32.", ("openvino", "nncf"), 8, 8, True),
+    Peer("openvino-int8-fp32", "openvino", "OpenVINO and NNCF, static INT8; the rest in FP32.", ("openvino", "nncf"), 8, 8, True),
 )  # fmt: skip
 PEERS: Mapping[str, Peer] = {peer.name: peer for peer in _ALL}
 
@@ -79,7 +80,9 @@ def peer_recipe(name: str) -> Recipe:
         activation = None
         if peer.activation_bits is not None:
             dynamic = not peer.static
-            activation = QuantSpec(bits=peer.activation_bits, dynamic=dynamic, granularity="token" if dynamic else "tensor")
+            activation = QuantSpec(
+                bits=peer.activation_bits, dynamic=dynamic, granularity="token" if dynamic else "tensor"
+            )
         rules = (
             LayerRule(
                 roles=() if every else QUANTIZED_ROLES,
