@@ -143,7 +143,7 @@ def _hand_to_peer(session: Session, recipe: Recipe) -> PeerConversion:
     )
 
 
-def failed_row(session: Session, recipe: Recipe, error: PeerError) -> dict[str, Any]:
+def failed_row(session: Session, error: PeerError) -> dict[str, Any]:
     """The row of another tool that is not there or did not run: the sentence that says why. The others go on."""
-    session.folder.emit({"kind": "warning", "text": f"{recipe.name} is left out: {error}"})
+    session.folder.emit({"kind": "warning", "text": f"Left out: {error}"})
     return {"kind": "failed", "error": str(error), "simulated": False}

@@ -125,9 +125,7 @@ def report_text(report: Mapping[str, Any]) -> str:
             lines.append(
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
-        lines += [
-            f"{name}: left out, {facts['error']}" for name, facts in recipes.items() if facts.get("kind") == "failed"
-        ]
+        lines += [f"left out: {facts['error']}" for facts in recipes.values() if facts.get("kind") == "failed"]
     lines += _sharing_lines(report)
     return "\n".join(line for line in lines if line is not None)
 

@@ -143,7 +143,7 @@ def test_compare_has_a_row_for_each_tool_and_a_reason_for_what_failed(tiny_folde
     assert rows["rtn-w8a8"]["file_bytes"] < rows["fp"]["file_bytes"] / 2
     assert set(rows["peer-bad"]) == {"kind", "error", "simulated"}
     text = report_text(report)
-    assert "peer-bad: left out, peer-bad: " in text
+    assert "left out: peer-bad: " in text
     assert "a stand-in x 20" in text
 
 

@@ -31,7 +31,7 @@ def compare(session: Session, report: dict[str, Any]) -> None:
         try:
             conversions[recipe.name], row = _column(session, report, recipe, statistics)
         except PeerError as error:
-            row = failed_row(session, recipe, error)
+            row = failed_row(session, error)
         rows[recipe.name] = row
         session.folder.emit({"kind": "result", "recipe": recipe.name, "metrics": dict(row)})
         session.folder.write_report(report)

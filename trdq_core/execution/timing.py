@@ -64,7 +64,7 @@ def profile(session: Session, report: dict[str, Any]) -> None:
             conversions[recipe.name] = convert_for(session, recipe, statistics)
             report["recipes"][recipe.name] = facts_of(session, conversions[recipe.name])
         except PeerError as error:
-            report["recipes"][recipe.name] = failed_row(session, recipe, error)
+            report["recipes"][recipe.name] = failed_row(session, error)
     time_steps(session, report, conversions)
     for name, row in report["recipes"].items():
         if row["kind"] == "failed":

@@ -64,8 +64,11 @@ def kernels_of(module: nn.Module, example: Call, layers: Sequence[str]) -> dict[
     found = {words: counted[name] for name, words in INTEGER_PRODUCTS.items() if counted.get(name)}
     rest = len(layers) - sum(found.values())
     if rest > 0:
-        dtype = str(next(t for t in example.values() if isinstance(t, Tensor)).dtype).removeprefix("torch.")
-        found[f"int8 weights, multiplied in {dtype}"] = rest
+        tensor = next(t for t in example.values() if isinstance(t, Tensor))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        # The list above is that of a CPU; a tool's own kernels on a GPU are not told from others by their names.
+        seen = f"multiplied in {dtype}" if tensor.device.type == "cpu" else "product unknown"
+        found[f"int8 weights, {seen}"] = rest
     return found
 
 

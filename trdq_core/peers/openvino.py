@@ -55,7 +55,7 @@ def convert(task: Task) -> Converted:
 
 def tensors_of(call: Call) -> list[Tensor]:
     """The tensors among the arguments of a call, in the order of the graph's inputs."""
-    return [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(_by_name(call)) if isinstance(leaf, Tensor)]
 
 
 @contextlib.contextmanager
@@ -127,7 +127,7 @@ class _Positional(nn.Module):
     def __init__(self, denoiser: nn.Module, example: Call) -> None:
         super().__init__()
         self.denoiser = denoiser
-        self._leaves, self._structure = pytree.tree_flatten(example)
+        self._leaves, self._structure = pytree.tree_flatten(_by_name(example))
 
     def forward(self, *tensors: Tensor) -> Tensor:
         left = iter(tensors)
@@ -135,9 +135,14 @@ class _Positional(nn.Module):
         return self.denoiser(**pytree.tree_unflatten(leaves, self._structure))[0]
 
 
+def _by_name(call: Call) -> Call:
+    """The arguments sorted by name: the order of the graph's inputs must not depend on that of a call."""
+    return {name: call[name] for name in sorted(call)}
+
+
 def _fixed(call: Call) -> list[Any]:
     """What is no tensor among the arguments of a call, and where it stands."""
-    leaves, structure = pytree.tree_flatten(call)
+    leaves, structure = pytree.tree_flatten(_by_name(call))
     return [structure, *(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)]
 
 
