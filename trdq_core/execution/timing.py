@@ -60,9 +60,11 @@ def profile(session: Session, report: dict[str, Any]) -> None:
     conversions: dict[str, Conversion | PeerConversion] = {}
     statistics = statistics_for(session, report) if any(recipe.fitted for recipe in changed) else None
     for recipe in changed:
+        started = time.perf_counter()
         try:
             conversions[recipe.name] = convert_for(session, recipe, statistics)
-            report["recipes"][recipe.name] = facts_of(session, conversions[recipe.name])
+            seconds = {"fit_seconds": round(time.perf_counter() - started, 2)}
+            report["recipes"][recipe.name] = {**seconds, **facts_of(session, conversions[recipe.name])}
         except PeerError as error:
             report["recipes"][recipe.name] = failed_row(session, error)
     time_steps(session, report, conversions)
