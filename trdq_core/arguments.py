@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from trdq_core import __version__
 from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
+from trdq_core.model_flags import add_anyway, add_download_command, add_model_flags, add_models_command
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
 from trdq_core.specs import (
@@ -41,7 +42,7 @@ DEFAULT_RECIPES = {
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 CALIBRATION_PROMPTS = 16
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -60,8 +61,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"trdq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
-    _add_json(models)
+    for one in (add_models_command(commands), add_download_command(commands)):
+        _add_json(one)
 
     for command, summary in (
         ("plan", "show which layer gets which kernel and how many bytes, before anything runs"),
@@ -91,11 +92,7 @@ def _add_attention(commands: Any) -> None:
     one = commands.add_parser("attention", help=summary, description=summary, argument_default=argparse.SUPPRESS)
     add = one.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
-    )
+    add_model_flags(one, DEFAULT_MODEL)
     add_sharing_flags(one)
     _add_steps(one)
     _add_run(one, "attention")
@@ -107,7 +104,7 @@ def _add_sensitivity(commands: Any) -> None:
     one = commands.add_parser("sensitivity", help=summary, description=summary, argument_default=argparse.SUPPRESS)
     add = one.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add("--model", metavar="NAME", help=f"a name from the models command, or a folder (default {DEFAULT_MODEL})")
+    add_model_flags(one, DEFAULT_MODEL)
     add("--method", metavar="NAME", help="how each layer is quantized: a recipe's name without bits (default rtn)")
     add("--bits", metavar="A,B", help=f"bit-widths to try (default {','.join(SENSITIVITY_BITS)})")
     _add_steps(one)
@@ -135,11 +132,7 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
     names = f"{', '.join(METHODS)}, with bits such as {OFFERED_BITS[2].lower()}"
     add = parser.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
-    )
+    add_model_flags(parser, DEFAULT_MODEL)
     default = f" (default {DEFAULT_RECIPES[command]})" if DEFAULT_RECIPES[command] else ""
     add(
         "--recipes",
@@ -203,6 +196,7 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
+    add_anyway(parser)
     add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trdq_core import terminal
+from trdq_core import local_models, terminal
 from trdq_core.arguments import Given, build_parser, spec_from
 from trdq_core.errors import Cancelled, StorageError, TRDQError
 from trdq_core.specs import RunSpec
@@ -37,8 +37,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "plan": _plan, "budget": _budget}
+    handlers = {"models": _models, "download": _download, "plan": _plan, "budget": _budget}
     try:
+        if "model_root" in given:
+            local_models.use_root(given["model_root"])
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
     except (Cancelled, KeyboardInterrupt) as stopped:
@@ -85,6 +87,17 @@ def _models(given: Given) -> None:
         print(terminal.models_text(found))
 
 
+def _download(given: Given) -> None:
+    from trdq_core import runs
+
+    with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=given.get("quiet", False)) as bar:
+        found = runs.download(given["name"], on_event=bar, cancelled=cancelled)
+    if given.get("json"):
+        print(json.dumps(found._asdict(), indent=2, default=str))
+    else:
+        print(f"{found.repo} is here as {found.name}, revision {found.revision}, in {found.folder}")
+
+
 def _plan(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
@@ -97,6 +110,9 @@ def _plan(given: Given) -> None:
         print(json.dumps(whole, indent=2, default=str))
     else:
         print("\n\n".join(terminal.plan_text(name, plan) for name, plan in plans.items()))
+        memory = runs.preflight(spec.model)
+        if memory is not None:
+            print(f"\n{memory.sentence()}")
 
 
 def _budget(given: Given) -> None:

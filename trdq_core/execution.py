@@ -40,7 +40,7 @@ REFERENCE, NOISE_FLOOR = "fp", "fp-again"
 def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> dict[str, Any]:
     """Do what `spec` says; the report is written as soon as there is something to report, and after each recipe."""
     folder.emit({"kind": "stage", "stage": "load", "label": f"Loading {spec.model}", "recipe": None})
-    model = load_model(spec.model)
+    model = load_model(spec.model, anyway=spec.anyway)
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     commands = {"calibrate": _calibrate, "sample": _sample, "compare": _compare, "profile": _profile}

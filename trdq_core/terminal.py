@@ -97,8 +97,17 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequ
 
 def models_text(models: Iterable[Any]) -> str:
     """The table of models: which are at hand, and why one is not."""
-    rows = [(m.name, m.kind, "yes" if m.available else f"no: {m.reason}", str(m.path), m.description) for m in models]
-    return _left(("model", "kind", "at hand", "folder", "what it is"), rows, columns=range(5))
+    rows = [
+        (m.name, m.kind, "yes" if m.available else f"no: {m.reason}", _place(m), m.description) for m in models
+    ]  # fmt: skip
+    return _left(("model", "kind", "at hand", "where", "what it is"), rows, columns=range(5))
+
+
+def _place(model: Any) -> str:
+    """The folder of a model; of one of the hub its id and commit, which is recorded at download where none is pinned."""
+    if model.path is not None or not model.repo:
+        return str(model.path)
+    return f"{model.repo} at {model.revision[:8] if model.revision else 'a revision recorded at download'}"
 
 
 def report_text(report: Mapping[str, Any]) -> str:

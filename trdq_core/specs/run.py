@@ -29,6 +29,7 @@ class RunSpec(Spec):
     sharing: SharingSpec | None = None  # of the attention command: the threshold and time groups to plan with
     seeds: int = 1  # of evaluate: pictures of each prompt, from seed, seed + 1000 and so on
     bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone
+    anyway: bool = False  # load the model even where the memory check says that it does not fit
 
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= 200:
