@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from trdq_core.cache import cache_root
 from trdq_core.errors import CalibrationError, StorageError
 from trdq_core.events import Event, OnEvent, ignore
 from trdq_core.specs import RunSpec
@@ -50,8 +51,7 @@ class CalibrationInfo(NamedTuple):
 def data_folder() -> Path:
     """Where runs, calibrations and switched sets live: TRDQ_DATA_DIR, else `trdq-studio` in the user's cache folder."""
     base = os.environ.get("TRDQ_DATA_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(base) if base else cache / "trdq-studio"
+    return Path(base) if base else cache_root() / "trdq-studio"
 
 
 def new_run_folder(command: str) -> Path:

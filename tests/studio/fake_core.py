@@ -32,6 +32,9 @@ class ModelInfo(NamedTuple):
     description: str
     available: bool
     reason: str
+    source: str = "repository"
+    repo: str | None = None
+    revision: str | None = None
 
 
 class LayerPlan(NamedTuple):
@@ -88,6 +91,8 @@ class FakeRuns:
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.folder, self.pace = folder, pace
         self.break_with: Exception | None = None
+        self.memory: Any = None
+        self.fetched: list[tuple[str, bool]] = []
         self.calls: list[RunSpec] = []
 
     def data_folder(self) -> Path:
@@ -98,6 +103,20 @@ class FakeRuns:
             ModelInfo("pocket-image", Path("pocket-image"), "pixart", "PixArt-Sigma of pocket size, 128 px.", True, ""),
             ModelInfo("foreign", Path("foreign"), "unknown", "", False, "it holds no transformer"),
         ]
+
+    def preflight(self, model: str, device: str | None = None) -> Any:
+        return self.memory
+
+    def download(
+        self, name: str, *, on_event: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool], anonymous: bool
+    ) -> Any:
+        self.fetched.append((name, anonymous))
+        on_event({"kind": "stage", "stage": "download", "label": f"Downloading {name}", "recipe": None})
+        if cancelled():
+            raise Cancelled("Cancelled during the download; the files that arrived whole are kept.")
+        if self.break_with is not None:
+            raise self.break_with
+        return SimpleNamespace(name="pocket-image")
 
     def new_run_folder(self, command: str) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:].replace(".", "")

@@ -24,7 +24,7 @@ from studio.services.form import Form
 from tests.studio.fake_core import FakeCore
 from trdq_core.errors import ModelError
 
-PUBLIC = {"/list_models", "/list_runs", "/plan"}
+PUBLIC = {"/list_models", "/list_runs", "/plan", "/compare"}
 
 
 def visitor(name: str = "a") -> Any:
