@@ -61,7 +61,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warm_up(core)
-    if ON_A_SPACE:
+    if ON_A_SPACE and os.environ.get("TRDQ_PREPARE") != "0":
         prepare(core, studio.worker)
     demo.launch(
         server_name=flags.host,
