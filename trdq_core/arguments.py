@@ -11,7 +11,14 @@ from typing import Any, NoReturn
 from trdq_core import __version__
 from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
-from trdq_core.model_flags import add_anyway, add_download_command, add_model_flags, add_models_command
+from trdq_core.model_flags import (
+    add_activations_command,
+    add_anyway,
+    add_download_command,
+    add_model_flags,
+    add_models_command,
+    add_runs_command,
+)
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
 from trdq_core.specs import (
@@ -38,7 +45,9 @@ DEFAULT_RECIPES = {
     "attention": "",
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
+    "activations": "tr-dq-w4a8",
 }
+WITHOUT_A_RUN = ("plan", "activations")  # commands that only look, so their RunSpec names no prompts
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 CALIBRATION_PROMPTS = 16
@@ -61,7 +70,7 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"trdq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    for one in (add_models_command(commands), add_download_command(commands)):
+    for one in (add_models_command(commands), add_download_command(commands), add_runs_command(commands)):
         _add_json(one)
 
     for command, summary in (
@@ -84,6 +93,10 @@ def build_parser() -> Parser:
     _add_attention(commands)
     _add_sensitivity(commands)
     _add_budget(commands)
+    activations = add_activations_command(commands)
+    _add_model_and_recipes(activations, "activations")
+    _add_steps(activations)
+    _add_json(activations)
     return parser
 
 
@@ -211,7 +224,7 @@ def spec_from(given: Given) -> RunSpec:
     data: dict[str, Any] = {"model": DEFAULT_MODEL}
     if from_file:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
-    data["command"] = "calibrate" if command == "plan" else command
+    data["command"] = "calibrate" if command in WITHOUT_A_RUN else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
@@ -225,7 +238,7 @@ def spec_from(given: Given) -> RunSpec:
     elif asked := sorted({"groups", "group_kind", "edges", "storage"} & set(given)):
         flag = "--" + asked[0].replace("_", "-")
         raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
-    if command != "plan":
+    if command not in WITHOUT_A_RUN:
         data |= _prompt_fields(given, command, from_file)
     return RunSpec.from_dict(data)
 

@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     handlers = {"models": _models, "download": _download, "plan": _plan, "budget": _budget}
+    handlers |= {"activations": _activations, "runs": _runs}
     try:
         if "model_root" in given:
             local_models.use_root(given["model_root"])
@@ -113,6 +114,25 @@ def _plan(given: Given) -> None:
         memory = runs.preflight(spec.model)
         if memory is not None:
             print(f"\n{memory.sentence()}")
+
+
+def _activations(given: Given) -> None:
+    spec = spec_from(given)
+    from trdq_core.inspection import look
+
+    wanted = {name: given[name] for name in ("layer", "group", "calibration") if name in given}
+    found = look(spec.model, spec.recipes[0], **wanted)
+    print(json.dumps(found, indent=2) if given.get("json") else terminal.activations_text(found))
+
+
+def _runs(given: Given) -> None:
+    from trdq_core import runs
+
+    found = runs.list_runs()
+    if given.get("json"):
+        print(json.dumps([info._asdict() for info in found], indent=2, default=str))
+    else:
+        print(terminal.runs_text(found))
 
 
 def _budget(given: Given) -> None:

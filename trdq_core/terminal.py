@@ -110,6 +110,28 @@ def _place(model: Any) -> str:
     return f"{model.repo} at {model.revision[:8] if model.revision else 'a revision recorded at download'}"
 
 
+def runs_text(runs: Iterable[Any]) -> str:
+    """The table of stored runs."""
+    rows = [(run.created.replace("T", " "), run.command, run.model, run.state, str(run.folder)) for run in runs]
+    return _left(("created", "command", "model", "state", "folder"), rows, columns=range(5)) if rows else "No runs yet."
+
+
+def activations_text(found: Mapping[str, Any]) -> str:
+    """One input before and after its transform: its numbers, and what else can be looked at."""
+    before, after = found["before_facts"], found["after_facts"]
+    names = {"absmax": "absmax", "peak": "absmax over RMS", "kurtosis": "kurtosis", "clipped_share": "clipped share"}
+    names["sqnr_db"] = "SQNR dB"
+    rows = [(said, f"{before[key]:.4g}", f"{after[key]:.4g}") for key, said in names.items()]
+    groups = ", ".join(f"{index}: {label}" for index, label in enumerate(found["groups"]))
+    return "\n".join(
+        [
+            f"{found['layer']}, {found['recipe']}, group {found['group']}, {found['rows']} rows of {found['calibration']}",
+            table(("", "before", "after"), rows), found["note"], f"groups of timesteps: {groups}",
+            f"layers: {', '.join(found['layers'])}",
+        ]
+    )  # fmt: skip
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}

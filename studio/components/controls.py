@@ -201,7 +201,7 @@ def _line(text: str) -> str:
 def _group_widgets(kind: str, groups: float) -> tuple[Any, Any, str]:
     """Which of the group widgets apply to a kind of groups."""
     return (
-        gr.update(visible=kind == "uniform"),
+        gr.update(visible=kind in ("uniform", "dp")),
         gr.update(visible=kind == "edges"),
         _line(forms.group_span(kind, groups)),
     )
