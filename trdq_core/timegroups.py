@@ -107,7 +107,7 @@ class TimeContext:
         self.timestep = 0.0
         self.group = 0
         self._listeners: list[Callable[[int], None]] = []
-        self._calibrated = calibrated
+        self.calibrated = calibrated
         self._warned = False
 
     def on_change(self, listener: Callable[[int], None]) -> None:
@@ -133,9 +133,9 @@ class TimeContext:
         return denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     def _check_range(self, timestep: float) -> None:
-        if self._calibrated is None or self._warned:
+        if self.calibrated is None or self._warned:
             return
-        low, high = self._calibrated
+        low, high = self.calibrated
         slack = TIME_SPAN / 50
         if not low - slack <= timestep <= high + slack:
             self._warned = True

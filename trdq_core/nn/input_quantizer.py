@@ -166,6 +166,11 @@ class InputQuantizer(nn.Module):
             **{name: None if part is None else part[index] for name, part in parts.items()},
         )
 
+    def fit_backend(self, device: torch.device) -> None:
+        """Take the fastest backend of the device that the weights are on, if the present one cannot run there."""
+        if device.type not in ("cpu", "meta") and self.backend == "cpp":
+            self.backend = dispatch.select_backend(device)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
         self.refresh()
         return keep_dtypes(self, fn)

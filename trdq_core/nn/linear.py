@@ -150,7 +150,13 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self.refresh()
-        return keep_dtypes(self, fn)
+        moved = keep_dtypes(self, fn)
+        self.fit_backend()
+        return moved
+
+    def fit_backend(self) -> None:
+        """Let the input go through kernels of the device that the weight is on."""
+        self.input_quantizer.fit_backend((self.qweight if self.integer else self.codes).device)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, sets={self.sets}, kernel={self.kernel}"
