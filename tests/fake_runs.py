@@ -68,7 +68,9 @@ class Info(SimpleNamespace):
     def __init__(self, *values: Any) -> None:
         super().__init__(
             **dict(zip(("name", "path", "kind", "description", "available", "reason"), values, strict=True)),
-            source="repository", repo=None, revision=None,
+            source="repository",
+            repo=None,
+            revision=None,
         )
 
     def _asdict(self) -> dict[str, Any]:
