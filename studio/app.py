@@ -13,7 +13,7 @@ from studio.components import html, result, trial
 from studio.context import Studio
 from studio.pages import activations, compare, getting, guidance, layers, runs
 from studio.services import getting as fetching
-from studio.services import machine, models
+from studio.services import machine, models, sharing
 from studio.services.core import Core, InstalledCore
 
 TITLE = "TR-DQ Studio"
@@ -22,6 +22,7 @@ HEADER_EVERY = 3  # seconds
 # Keeps the value readable after a restart. It hides nothing: the page holds it, and the value is only a run's id.
 SAVED_KEY, SAVED_SECRET = "trdq-studio", "trdq-studio-last-run"
 TRIAL_KEY, TRIAL_SECRET = "trdq-studio-trial", "trdq-studio-last-trial"
+PLAN_KEY, PLAN_SECRET = "trdq-studio-plan", "trdq-studio-applied-plan"
 
 
 def build(core: Core | Studio | None = None) -> gr.Blocks:
@@ -56,6 +57,7 @@ def build(core: Core | Studio | None = None) -> gr.Blocks:
         getting.wire(studio, controls, strip, problem)
         _wire_page(studio, demo, header, controls, compare_page)
         _restore_trial(studio, demo, guidance_page)
+        _keep_plan(demo, controls)
     demo.queue(max_size=64, default_concurrency_limit=8)
     return demo
 
@@ -109,3 +111,17 @@ def _restore_trial(studio: Studio, demo: gr.Blocks, page: guidance.GuidancePage)
         return trial.stored(page.use.trial, studio.runs.open(run_id) if isinstance(run_id, str) else None)
 
     demo.load(restore, page.use.saved, page.use.trial.widgets(), show_progress="hidden", api_visibility="private")
+
+
+def _keep_plan(demo: gr.Blocks, controls: sidebar.Controls) -> None:
+    """An applied plan outlives a reload: the browser keeps it, and what comes back is checked as any other input."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    saved = gr.BrowserState(None, storage_key=PLAN_KEY, secret=PLAN_SECRET)
+    controls.applied.change(sharing.kept, controls.applied, saved, **quiet)
+    demo.load(restored_plan, saved, [controls.applied, controls.share], **quiet)
+
+
+def restored_plan(text: Any) -> tuple[Any, Any]:
+    """The applied plan that the browser kept, not yet ticked; nothing changes without one."""
+    applied = sharing.restored(text)
+    return (applied, sidebar.share_box(applied)) if applied is not None else (gr.skip(), gr.skip())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tests.studio.fake_getting import FakeGetting, ModelInfo
 from tests.studio.fake_sensitivity import FakeBudget, write_scan
 from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, uniform_groups, write_similarity
 from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError
@@ -23,18 +24,6 @@ SIDE = 64
 LAYERS = tuple(
     f"transformer_blocks.{block}.{name}" for block in range(3) for name in ("attn1.to_q", "attn2.to_q", "ff.net.0.proj")
 )
-
-
-class ModelInfo(NamedTuple):
-    name: str
-    path: Path
-    kind: str
-    description: str
-    available: bool
-    reason: str
-    source: str = "repository"
-    repo: str | None = None
-    revision: str | None = None
 
 
 class LayerPlan(NamedTuple):
@@ -85,14 +74,12 @@ class CalibrationInfo(NamedTuple):
     folder: Path
 
 
-class FakeRuns:
+class FakeRuns(FakeGetting):
     """`trdq_core.runs` without a model. `pace` is the time of one sampler step."""
 
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.folder, self.pace = folder, pace
-        self.break_with: Exception | None = None
-        self.memory: Any = None
-        self.fetched: list[tuple[str, bool]] = []
+        super().__init__()
         self.calls: list[RunSpec] = []
 
     def data_folder(self) -> Path:
@@ -103,20 +90,6 @@ class FakeRuns:
             ModelInfo("pocket-image", Path("pocket-image"), "pixart", "PixArt-Sigma of pocket size, 128 px.", True, ""),
             ModelInfo("foreign", Path("foreign"), "unknown", "", False, "it holds no transformer"),
         ]
-
-    def preflight(self, model: str, device: str | None = None) -> Any:
-        return self.memory
-
-    def download(
-        self, name: str, *, on_event: Callable[[dict[str, Any]], None], cancelled: Callable[[], bool], anonymous: bool
-    ) -> Any:
-        self.fetched.append((name, anonymous))
-        on_event({"kind": "stage", "stage": "download", "label": f"Downloading {name}", "recipe": None})
-        if cancelled():
-            raise Cancelled("Cancelled during the download; the files that arrived whole are kept.")
-        if self.break_with is not None:
-            raise self.break_with
-        return SimpleNamespace(name="pocket-image")
 
     def new_run_folder(self, command: str) -> Path:
         stamp = time.strftime("%Y%m%d-%H%M%S") + f"{time.time() % 1:.3f}"[1:].replace(".", "")
