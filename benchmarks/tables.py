@@ -41,6 +41,8 @@ METRICS = {
     "psnr": Metric("PSNR dB", 1, 1, True),
     "lowest_psnr": Metric("lowest PSNR dB", 1, 1, True),
     "ssim": Metric("SSIM", 1, 3, False),
+    "temporal_error_mean": Metric("temporal error", 1, 2, True),
+    "motion_ratio_mean": Metric("motion", 1, 3, True),
     "mean_latent_sqnr_db": Metric("latent SQNR dB", 1, 1, True),
     "attention_saving": Metric("attention FLOPs saved %", 100, 1, True),
     "work_saving": Metric("denoiser FLOPs saved %", 100, 1, True),
@@ -52,6 +54,10 @@ METRICS = {
     "effective_bits": Metric("bits a weight", 1, 2, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
 }
+CLIPS = (
+    "PSNR and SSIM are means over frames; temporal error: RMS of (frame difference - the reference's), grey levels; motion: "
+    "mean squared frame difference over the reference's."
+)
 SPREADS = {"psnr": "psnr_std", "ssim": "ssim_std"}
 
 Row = dict[str, str]
@@ -166,7 +172,8 @@ def _how(rows: Iterable[Row]) -> str:
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     counts = sorted({row["n"] for row in rows if row["metric"] == "psnr" and row["n"]})
     pictures = f"; {', '.join(counts)} prompts" if counts else ""
-    return f"{'; '.join(settings)}{pictures}; measured {span}. Times are medians."
+    clips = f" {CLIPS}" if any(row["metric"] == "temporal_error_mean" for row in rows) else ""
+    return f"{'; '.join(settings)}{pictures}; measured {span}. Times are medians.{clips}"
 
 
 def _mark(recipe: str, latest: Mapping[tuple[str, str], Row]) -> str:

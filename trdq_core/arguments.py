@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -20,6 +19,8 @@ from trdq_core.model_flags import (
     add_runs_command,
 )
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
+from trdq_core.prompts import CALIBRATION_PROMPTS, FALLBACK_PROMPTS, stored_prompts
+from trdq_core.prompts import PROMPTS_FILE as PROMPTS_FILE
 from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
 from trdq_core.specs import (
     STORAGE_MODES,
@@ -29,11 +30,6 @@ from trdq_core.specs import (
     SharingSpec,
 )
 
-PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
-FALLBACK_PROMPTS = (
-    "red apple", "owl", "hot air balloon", "tiger", "sunflower", "slice of pizza", "octopus", "snowman",
-    "rocket", "crab", "bread", "fire engine", "cherry blossom", "whale", "teddy bear", "mushroom",
-)  # fmt: skip
 BACKENDS = ("reference", "torch", "cpp")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
@@ -50,7 +46,6 @@ DEFAULT_RECIPES = {
 WITHOUT_A_RUN = ("plan", "activations")  # commands that only look, so their RunSpec names no prompts
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-CALIBRATION_PROMPTS = 16
 RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
@@ -228,10 +223,10 @@ def spec_from(given: Given) -> RunSpec:
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
-        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+        return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))
     if command == "sensitivity":
         data |= _layer_bits(given, from_file)
-        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+        return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))
     recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
     if recipes or not from_file:
         data["recipes"] = [recipe.to_dict() for recipe in recipes]
@@ -239,11 +234,11 @@ def spec_from(given: Given) -> RunSpec:
         flag = "--" + asked[0].replace("_", "-")
         raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
     if command not in WITHOUT_A_RUN:
-        data |= _prompt_fields(given, command, from_file)
+        data |= _prompt_fields(given, command, data["model"], from_file)
     return RunSpec.from_dict(data)
 
 
-def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, list[str]]:
+def _prompt_fields(given: Given, command: str, model: str, from_file: bool) -> dict[str, list[str]]:
     """The prompts to measure and to calibrate on, as far as the flags or the defaults decide them."""
     fields = {}
     if "prompt" in given:
@@ -251,10 +246,10 @@ def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, lis
     elif "prompts" in given or (command in DEFAULT_PROMPTS and not from_file):
         # Bits are chosen by what sensitivity measures, so it keeps off the prompts that results are measured on.
         which = "calibration" if command == "sensitivity" else "evaluation"
-        fields["prompts"] = _prompts(which, given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
+        fields["prompts"] = _prompts(model, which, given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
     if "calibration_prompts" in given or not from_file:
         count = given.get("calibration_prompts", CALIBRATION_PROMPTS)
-        fields["calibration_prompts"] = _prompts("calibration", count, "--calibration-prompts")
+        fields["calibration_prompts"] = _prompts(model, "calibration", count, "--calibration-prompts")
     return fields
 
 
@@ -309,18 +304,18 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
 
 
-def _prompts(which: str, count: int, flag: str) -> list[str]:
-    """The first `count` prompts of one list in assets/prompts.json, or of a short built-in one if that is not there."""
+def _prompts(model: str, which: str, count: int, flag: str) -> list[str]:
+    """The first `count` prompts of one list for the model, or of a short built-in one if that is not there."""
     if count < 1:
         raise RecipeError(f"{flag}: got {count}; allowed is 1 or more.")
     try:
-        stored = json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))[which]
-    except (OSError, ValueError, KeyError):
-        stored = list(FALLBACK_PROMPTS)
-        print(f"assets/prompts.json has no {which} prompts; a short built-in list stands in.", file=sys.stderr)
+        stored = stored_prompts(model)[which]
+    except (StorageError, KeyError):
+        stored = FALLBACK_PROMPTS
+        print(f"assets holds no {which} prompts for {model}; a short built-in list stands in.", file=sys.stderr)
     if count > len(stored):
         raise RecipeError(f"{flag}: got {count}; there are {len(stored)} {which} prompts, ask for at most that many.")
-    return stored[:count]
+    return list(stored[:count])
 
 
 def _read(file: str, flag: str) -> str:

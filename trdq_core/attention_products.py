@@ -131,8 +131,8 @@ class QuantizedProducts:
 
 
 def attentions(layers: Iterable[LayerInfo], *, cross: bool) -> list[str]:
-    """Names of the self-attention modules in model order, with `cross` of the cross-attention modules too."""
-    roles = ("self_q", "cross_q") if cross else ("self_q",)
+    """Names of the self-attention modules in model order, those over frames too; with `cross` of the cross-attention modules."""
+    roles = ("self_q", "temporal_q", "cross_q") if cross else ("self_q", "temporal_q")
     return [layer.name.rpartition(".")[0] for layer in layers if layer.role in roles]
 
 
@@ -188,6 +188,7 @@ def apply_attention(denoiser: nn.Module, grids: Mapping[str, AttentionGrids], ti
     `time` has to follow the denoiser's timestep; its own groups need not be those of the grids.
     """
     processors = {}
+    time.followed = time.followed or any(grid.groups.count > 1 for grid in grids.values())
     for name, grid in grids.items():
         attention = denoiser.get_submodule(name)
         check_products(name, attention)

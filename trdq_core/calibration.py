@@ -15,6 +15,7 @@ from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.observers import InputObserver, RangeObserver, observing
 from trdq_core.passes import RangeRequest
+from trdq_core.presets.methods import TEXT_ROLES
 from trdq_core.sampling import Conditioning, SampledModel, sample
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -63,7 +64,8 @@ def calibrate(
     context = TimeContext(TimeGroups())
     observers = {name: InputObserver(name, context, ROWS_PER_CALL, seed + i) for i, name in enumerate(leaders)}
     for name, observer in observers.items() if resumed is not None else ():
-        observer.keep(resumed.layer(name))
+        if name in resumed.layers:
+            observer.keep(resumed.layer(name))
     hooks = {"argument": model.timestep_argument, "text_inputs": text_inputs(model)}
     with observing(model.denoiser, observers, context, **hooks):
         try:
@@ -130,7 +132,7 @@ def observe_ranges(
 
 def text_inputs(model: SampledModel) -> set[str]:
     """The linears that lead an input made of text tokens, some of which are padding."""
-    return {layer.leader for layer in model.linears() if layer.role in ("cross_k", "cross_v")}
+    return {layer.leader for layer in model.linears() if layer.role in ("cross_k", "cross_v", *TEXT_ROLES)}
 
 
 def _observe_prompt(
@@ -152,7 +154,7 @@ def _observe_prompt(
         guidance=settings["guidance"],
         on_step=lambda step, timestep, latents: progress.advance(conditioning.prompt),
     )
-    seen = next(iter(observers.values())).timesteps
+    seen = next(observer.timesteps for observer in observers.values() if not observer.silent)
     if len(seen) != len(trajectory.timesteps):
         raise CalibrationError(
             f"calibration: the scheduler gave {len(seen)} different timesteps in {len(trajectory.timesteps)} steps; "
@@ -166,7 +168,7 @@ def _observe_prompt(
 def _collect(
     observers: Mapping[str, InputObserver], timesteps: Sequence[float], about: Mapping[str, Any]
 ) -> Statistics:
-    return Statistics(tuple(timesteps), {name: observer.result() for name, observer in observers.items()}, about)
+    return Statistics(tuple(timesteps), {n: one.result() for n, one in observers.items() if not one.silent}, about)
 
 
 def _resume(partial: Path | None, about: Mapping[str, Any]) -> Statistics | None:

@@ -26,7 +26,7 @@ from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 from trdq_core.transforms.base import InputTransform
 from trdq_core.weights.rounding import quantize_weight
 
@@ -45,7 +45,7 @@ class Conversion:
     attention: QuantizedProducts | None = None
     reconstruction: dict[str, Any] | None = None
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
-    argument: str = "timestep"  # of the denoiser's forward, that time groups follow
+    argument: TimeArgument | str = "timestep"  # of the denoiser's forward, that time groups follow
     calibration: str | None = None  # fingerprint of the statistics it was fitted to
 
     def __post_init__(self) -> None:
@@ -124,7 +124,7 @@ def convert(
     *,
     backend: dispatch.Backend,
     storage_folder: Path,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
     seed: int = 0,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
@@ -179,7 +179,7 @@ def convert(
 
 
 def convert_sharing_only(
-    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: str = "timestep"
+    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: TimeArgument | str = "timestep"
 ) -> Conversion:
     """A full-precision copy that only shares attention: nothing is fitted, so it takes no statistics."""
     assert recipe.sharing is not None and not recipe.quantized  # the caller asked for nothing else
@@ -193,7 +193,7 @@ def convert_without_data(
     recipe: Recipe,
     *,
     backend: dispatch.Backend,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
 ) -> Conversion:
     """Quantize `denoiser` itself, no copy, with a recipe that takes no calibration; its weights are let go one by one.
 

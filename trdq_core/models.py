@@ -29,9 +29,7 @@ class ModelInfo(NamedTuple):
     reason: str
     source: str = "repository"  # "folder" under --model-root, or "hub"
     repo: str | None = None
-    revision: str | None = (
-        None  # the commit that is here, or that would be fetched; None: recorded when it is downloaded
-    )
+    revision: str | None = None  # the commit that is here or would be fetched; None: recorded when it is downloaded
 
 
 def models() -> list[ModelInfo]:
@@ -43,10 +41,7 @@ def models() -> list[ModelInfo]:
 def _of_the_repository() -> list[ModelInfo]:
     return [
         _embedded("pocket-image", "image", "PixArt-Sigma of 10 M parameters, trained on 3D emoji, 128 pixels."),
-        _embedded(
-            "pocket-video", "video", "Latte of 15 M parameters, trained on moving 3D emoji, 16 frames, 64 pixels.",
-            missing="runs and pages for clips are still to be built; load its folder with diffusers meanwhile",
-        ),
+        _embedded("pocket-video", "video", "Latte of 15 M parameters, trained on moving 3D emoji, 16 frames, 64 pixels."),
         ModelInfo(
             "random-dit", None, "speed", "DiT of 12 layers, 6 heads of 64, 256 tokens, random weights: for speed only.",
             True, "",
@@ -54,11 +49,23 @@ def _of_the_repository() -> list[ModelInfo]:
     ]  # fmt: skip
 
 
-def _embedded(name: str, kind: str, description: str, missing: str = "") -> ModelInfo:
-    """A model that comes with the repository; `missing` says what this version lacks for it."""
+def _embedded(name: str, kind: str, description: str) -> ModelInfo:
+    """A model that comes with the repository."""
     there = (ASSETS / name / "model_index.json").is_file()
-    reason = missing if there else f"its folder assets/{name} is missing; clone the repository again"
-    return ModelInfo(name, ASSETS / name, kind, description, there and not missing, reason)
+    reason = "" if there else f"its folder assets/{name} is missing; clone the repository again"
+    return ModelInfo(name, ASSETS / name, kind, description, there, reason)
+
+
+def kind_of(name: str) -> str:
+    """The kind of a model, listed or a diffusers folder, without loading it: "image", "video" or "speed".
+
+    A folder whose transformer has three dimensions makes clips: diffusers ends the names of those classes alike. What is
+    no model is taken for one of pictures; loading it says what is wrong.
+    """
+    listed = next((info.kind for info in models() if info.name == name), None)
+    if listed is not None:
+        return listed
+    return local_models.kind_of_folder(Path(name))
 
 
 def _of_the_root() -> list[ModelInfo]:
@@ -142,3 +149,11 @@ def layers_of_model(name: str) -> tuple[LayerInfo, ...]:
     from trdq_core.adapters import layers_of
 
     return layers_of(name, folder)
+
+
+def notes_of_model(name: str) -> tuple[str, ...]:
+    """What of a model could not be placed in its plan, one sentence each, from its configuration alone."""
+    folder = find_folder(name)
+    from trdq_core.adapters import notes_of
+
+    return notes_of(folder)

@@ -200,6 +200,7 @@ def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:
         "embed": "embedder: runs once a step and is sensitive",
         "modulation": "modulation: a few rows a step, and its errors scale every channel",
         "final": "final projection: its error goes straight into the latents",
+        "skip": "long skip connection: its input is two streams of different size side by side",
         "other": "its role could not be told from the model's structure",
     }
     reason = reasons.get(layer.role, "no rule of the recipe names its role") if recipe.quantized else "full precision"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from trdq_core import branches
 from trdq_core.plan import LayerInfo
+from trdq_core.timegroups import TimeArgument
 
 OnStep = Callable[[int, float, Tensor], None]  # step, timestep, latents after it
 
@@ -33,6 +34,15 @@ def join(conditionings: Sequence[Conditioning]) -> Conditioning:
     )
 
 
+class ClipShape(NamedTuple):
+    """The clips that a model makes: how many frames, their size in pixels, and frames a second."""
+
+    frames: int
+    height: int
+    width: int
+    fps: float
+
+
 class Trajectory(NamedTuple):
     """One sampled picture or clip: latents after every step, the timesteps, and the seconds that denoising took."""
 
@@ -46,9 +56,10 @@ class SampledModel(Protocol):
 
     name: str
     denoiser: nn.Module
-    timestep_argument: str
+    timestep_argument: TimeArgument | str
     device: torch.device
     dtype: torch.dtype
+    clip: ClipShape | None  # None where it makes pictures
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the denoiser with its role and the leader of the input it reads."""

@@ -20,7 +20,7 @@ from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.sampling import SampledModel, sample
 from trdq_core.scale_search import OutputSamples
 from trdq_core.statistics import FP16_MAX
-from trdq_core.timegroups import timestep_value
+from trdq_core.timegroups import TimeArgument, time_argument
 
 CALLS = 32  # denoiser calls that are replayed with gradients, at most
 
@@ -82,7 +82,7 @@ def replay(
     rows: int,
     probes: int,
     seed: int,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
 ) -> dict[str, OutputSamples]:
     """One call of the denoiser again, with gradients: for each layer it calls, `rows` random tokens (all, if fewer)."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -101,7 +101,7 @@ def replay(
         for name, gradient in zip(seen, gradients, strict=True):
             if gradient is not None:  # an output that nothing depends on
                 sums[name] += gradient.flatten(0, -2)[tokens[name]].float().square().cpu()
-    timestep = timestep_value(call.kwargs[argument])
+    timestep = time_argument(argument).value(call.args, call.kwargs)
     return {
         name: OutputSamples(
             x[tokens[name].to(x.device)].clamp(-FP16_MAX, FP16_MAX).half().cpu(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from trdq_core.events import Progress
 from trdq_core.folders import RunFolder, data_folder, list_calibrations
 from trdq_core.kernels import dispatch
 from trdq_core.model_passes import make_passes
+from trdq_core.outputs import OutputWriter
 from trdq_core.sampling import Conditioning, SampledModel, Trajectory
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
@@ -31,7 +33,12 @@ class Session:
     backend: dispatch.Backend
     conditionings: list[Conditioning] = field(default_factory=list)
     references: list[Trajectory] = field(default_factory=list)
-    pictures: list[np.ndarray] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)  # of the reference; clips where the model makes clips
+
+    @cached_property
+    def outputs(self) -> OutputWriter:
+        """Where pictures and clips go; one for the run, so that it warns of a missing codec once."""
+        return OutputWriter(self.folder, self.model.clip)
 
     def stage(self, stage: str, label: str, recipe: str | None = None) -> None:
         """Tell that a stage begins."""

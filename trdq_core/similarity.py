@@ -102,7 +102,7 @@ def measure_similarity(
             )  # fmt: skip
     about = {
         "model": model.name, "prompts": list(prompts), "steps": steps, "guidance": guidance, "seed": seed,
-        "blocks": self_attentions(model.linears()), "tokens": processors[0].tokens,
+        "blocks": self_attentions(model.linears()), "tokens": processors[0].tokens, "frames": processors[0].parts,
         "channels": next(layer.in_features for layer in model.linears() if layer.role == "self_q"),
         "dtype_bytes": model.dtype.itemsize,
         "denoiser_flops": denoiser_flops(model.denoiser, *guidance_hook.call) if guidance_hook.call else None,

@@ -157,13 +157,15 @@ def report_text(report: Mapping[str, Any]) -> str:
 def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table for each bit-width, best first, and a line for each recipe that failed."""
     lines: list[str] = []
+    clips = tables.has_clips(recipes)
     for section in tables.sections(recipes):
         lines += ["", section.title]
         if section.title == "failed":
             lines += [f"{name}: {recipes[name]['error']}" for name in section.recipes]
         else:
-            lines.append(table(tables.HEADER, (tables.cells(name, recipes[name]) for name in section.recipes)))
-    return [*lines, "", tables.NOTE]
+            rows = (tables.cells(name, recipes[name], clips=clips) for name in section.recipes)
+            lines.append(table(tables.header(clips=clips), rows))
+    return [*lines, "", tables.note(clips=clips)]
 
 
 def _sensitivity_lines(found: Mapping[str, Any]) -> list[str]:
@@ -260,7 +262,8 @@ def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:
 
 
 _RESULT_HEADER = (
-    "recipe", "PSNR dB", "SSIM", "SQNR dB", "step ms (p10-p90)", "run ms", "weights", "of FP32", "bits", "peak RAM",
+    "recipe", "PSNR dB", "SSIM", "temporal error", "motion", "SQNR dB", "step ms (p10-p90)", "run ms", "weights", "of FP32",
+    "bits", "peak RAM",
 )  # fmt: skip
 
 
@@ -274,6 +277,8 @@ def _result_row(name: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
         label,
         "identical" if facts.get("identical") else number(facts.get("psnr"), 2),
         "identical" if facts.get("identical") else number(facts.get("ssim"), 4),
+        number(facts.get("temporal_error_mean"), 2),
+        number(facts.get("motion_ratio_mean"), 3),
         number(facts.get("mean_latent_sqnr_db"), 2),
         f"{number(step.get('median'))} ({number(step.get('p10'))}-{number(step.get('p90'))})" if step
         else ("simulated" if facts.get("simulated") else NONE),

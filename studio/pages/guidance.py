@@ -23,6 +23,10 @@ from studio.services.stored import command_line
 from studio.state import ATTENTION_STAGES, LiveRun, Progress
 
 Updates = dict[Any, Any]
+SPATIAL = (
+    "Spatial attention only: the temporal blocks, which attend across the frames, are neither measured here nor "
+    "shared by a plan."
+)
 RANDOM = "This model has random weights: its times are real, but how alike its branches attend says nothing."
 
 
@@ -188,11 +192,12 @@ class _Handlers:
             view, choice, plan = self.studio.similarities.asked(run_id, choice)
         except Exception as error:
             return {page.note: html.notice(explain(error)), page.empty: ""}
-        random = models.check(self.studio.core, view.model).kind == "speed"
+        notes = {"speed": html.notice(RANDOM, "warning"), "video": html.notice(SPATIAL, "info")}
         run = self.studio.runs.open(view.id)
         return {
             page.command: shown(command_line(run) if run else ""),
-            page.empty: "", page.note: html.notice(RANDOM if random else "", "warning"), page.use.box: gr.Column(visible=True),
+            page.empty: "", page.note: notes.get(models.kind(self.studio.core, view.model), ""),
+            page.use.box: gr.Column(visible=True),
             **similarity.opened(page.similar, view, choice, fresh=fresh),
             **similarity.planned(page.similar, view, choice, plan),
             page.similar.lines: similarity.lines(view, choice, plan),

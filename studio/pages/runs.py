@@ -10,10 +10,11 @@ import gradio as gr
 from studio.components import html, result
 from studio.components.controls import Controls, offer, share_box
 from studio.context import Studio
-from studio.services import pictures
+from studio.services import clips, pictures
 from studio.services.form import form_of_spec
 from studio.services.stored import RunRow, StoredRun, command_line
 
+COLUMNS = 4  # pictures side by side; a filmstrip has the width for itself
 HEADERS = ["Created", "Command", "Model", "Recipes", "State", "Run"]
 Updates = dict[Any, Any]
 
@@ -49,7 +50,7 @@ def build() -> RunsPage:
     with gr.Column(visible=False, elem_id="opened-run") as box:
         head = gr.HTML(elem_id="run-head")
         gallery = gr.Gallery(
-            label="Pictures", format="png", columns=4, height=None, object_fit="contain", elem_id="run-pictures",
+            label="Pictures", format="png", columns=COLUMNS, height=None, object_fit="contain", elem_id="run-pictures",
             buttons=["download", "fullscreen"], interactive=False, show_label=False,
         )  # fmt: skip
         metrics = gr.HTML(elem_id="run-metrics")
@@ -102,7 +103,7 @@ class _Handlers:
             page.chosen: run.id,
             page.box: gr.Column(visible=True),
             page.head: head_of(run),
-            page.gallery: gallery_of(run),
+            page.gallery: gr.Gallery(gallery_of(run), columns=1 if clips.makes_clips(run) else COLUMNS),
             page.metrics: metrics_table(run),
             page.command: command_line(run),
             page.download: result.download_of(run),
@@ -144,13 +145,17 @@ def head_of(run: StoredRun) -> str:
 
 
 def gallery_of(run: StoredRun) -> list[tuple[Any, str]]:
-    """Every picture of the run, prompt by prompt."""
+    """Every picture of the run, prompt by prompt, and the filmstrips of clips that it did not finish."""
     found = []
     for index, prompt in enumerate(run.prompts):
         for name, facts in run.recipes.items():
             picture = run.picture(name, index)
             if picture is not None:
                 found.append((pictures.enlarge(picture), f"{result.title_of(name, facts)}: {prompt}"))
+    for left in clips.partials(run):
+        picture = pictures.load(left.image)
+        if picture is not None:
+            found.append((picture, f"{result.title_of(left.recipe, {})}: {left.said}"))
     return found
 
 

@@ -15,13 +15,16 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
 
         return RandomDiT(name)
     shown = name if name != str(folder) else None
-    if _is_video(folder):
-        from trdq_core.adapters.latte import LatteModel
+    from trdq_core.adapters import generic, latte, pixart
+    from trdq_core.adapters.folder import check_folder
 
-        return LatteModel(folder, shown)
-    from trdq_core.adapters.pixart import PixArtModel
-
-    return PixArtModel(folder, shown)
+    index = check_folder(folder, None)
+    reads_text = index.get("text_encoder") not in (None, [None, None])
+    if index["_class_name"] in latte.PIPELINES and reads_text:
+        return latte.LatteModel(folder, shown)
+    if index["_class_name"] in pixart.PIPELINES and reads_text:
+        return pixart.PixArtModel(folder, shown)
+    return generic.TransformerModel(folder, shown)
 
 
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
@@ -31,18 +34,15 @@ def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
         from trdq_core.adapters.roles import find_linears
 
         return find_linears(build(device="meta"))
-    if _is_video(folder):
-        from trdq_core.adapters import latte
+    from trdq_core.adapters.placement import layers_from_config
 
-        return latte.layers_from_config(folder)
-    from trdq_core.adapters import pixart
-
-    return pixart.layers_from_config(folder)
+    return layers_from_config(folder)
 
 
-def _is_video(folder: Path) -> bool:
-    """Whether the folder holds a pipeline that makes clips; ModelError if it holds none that is supported."""
-    from trdq_core.adapters import latte, pixart
-    from trdq_core.adapters.folder import check_folder
+def notes_of(folder: Path | None) -> tuple[str, ...]:
+    """Sentences on what of a model could not be placed, from its configuration alone."""
+    if folder is None:
+        return ()
+    from trdq_core.adapters.placement import notes_from_config
 
-    return check_folder(folder, (*pixart.PIPELINES, *latte.PIPELINES))["_class_name"] in latte.PIPELINES
+    return notes_from_config(folder)

@@ -39,6 +39,7 @@ class RandomDiT:
     """The random DiT with guidance batch 2. It can be calibrated and profiled, but it has no pictures to show."""
 
     timestep_argument = "timestep"
+    clip = None
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from trdq_core import branches, profiling
 from trdq_core.convert import Conversion
-from trdq_core.evaluation.references import BATCH
+from trdq_core.evaluation.references import batch_size
 from trdq_core.nn.modules import module_bytes, replace_module, share_copy
 from trdq_core.plan import LayerInfo, group_inputs
 from trdq_core.sampling import SampledModel, sample_batch
@@ -58,8 +58,9 @@ def record(
     chosen = [int((i + 0.5) * steps / count) for i in range(count)]
     kept: list[dict[str, Any]] = []
     timesteps: list[float] = []
-    for first in range(0, len(prompts), BATCH):
-        part = conditionings[first : first + BATCH]
+    size = batch_size(model)
+    for first in range(0, len(prompts), size):
+        part = conditionings[first : first + size]
         seeds = [seed + first + i for i in range(len(part))]
         seen: list[float] = []
 
