@@ -42,11 +42,12 @@ DEFAULT_RECIPES = {
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
     "activations": "tr-dq-w4a8",
+    "save": "tr-dq-w4a8",
 }
 WITHOUT_A_RUN = ("plan", "activations")  # commands that only look, so their RunSpec names no prompts
-DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -78,6 +79,7 @@ def build_parser() -> Parser:
             "evaluate",
             "measure many recipes on many pictures, in batches; started again it goes on where it was stopped",
         ),
+        ("save", "quantize with one recipe and write a folder that diffusers loads, with a model card"),
     ):
         one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
         _add_model_and_recipes(one, command)
@@ -92,6 +94,7 @@ def build_parser() -> Parser:
     _add_model_and_recipes(activations, "activations")
     _add_steps(activations)
     _add_json(activations)
+    _add_clean(commands)
     return parser
 
 
@@ -133,6 +136,16 @@ def _add_budget(commands: Any) -> None:
         help="which error to add up: of the denoiser (default) or each layer's own",
     )
     add("--out", metavar="FILE", help="the recipe file to write; compare and evaluate take it as --recipe-file")
+    _add_json(one)
+
+
+def _add_clean(commands: Any) -> None:
+    summary = "remove old switched sets and learnt rounding from the data folder; runs, calibrations and recipes stay"
+    one = commands.add_parser("clean", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    one.add_argument(
+        "--older-than", type=float, metavar="DAYS", required=True, help="days since they were last written"
+    )
+    one.add_argument("--dry-run", action="store_true", help="only list them")
     _add_json(one)
 
 
@@ -205,7 +218,11 @@ def _add_run(parser: Parser, command: str) -> None:
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
     add_anyway(parser)
-    add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
+    if command == "save":
+        add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
+        add("--push-to-hub", metavar="ID", help="upload it as OWNER/NAME afterwards")
+    else:
+        add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 
 
@@ -221,6 +238,8 @@ def spec_from(given: Given) -> RunSpec:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
     data["command"] = "calibrate" if command in WITHOUT_A_RUN else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if command == "save" and "out" in given:
+        data["save_to"] = str(Path(given["out"]).absolute())
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trdq_core import local_models, terminal
+from trdq_core import listings, local_models, terminal
 from trdq_core.arguments import Given, build_parser, spec_from
 from trdq_core.errors import Cancelled, StorageError, TRDQError
 from trdq_core.specs import RunSpec
@@ -38,7 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
     handlers = {"models": _models, "download": _download, "plan": _plan, "budget": _budget}
-    handlers |= {"activations": _activations, "runs": _runs}
+    handlers |= {"activations": _activations, "runs": _runs, "clean": _clean}
     try:
         if "model_root" in given:
             local_models.use_root(given["model_root"])
@@ -85,7 +85,7 @@ def _models(given: Given) -> None:
     if given.get("json"):
         print(json.dumps([model._asdict() for model in found], indent=2, default=str))
     else:
-        print(terminal.models_text(found))
+        print(listings.models_text(found))
 
 
 def _download(given: Given) -> None:
@@ -122,7 +122,7 @@ def _activations(given: Given) -> None:
 
     wanted = {name: given[name] for name in ("layer", "group", "calibration") if name in given}
     found = look(spec.model, spec.recipes[0], **wanted)
-    print(json.dumps(found, indent=2) if given.get("json") else terminal.activations_text(found))
+    print(json.dumps(found, indent=2) if given.get("json") else listings.activations_text(found))
 
 
 def _runs(given: Given) -> None:
@@ -132,7 +132,7 @@ def _runs(given: Given) -> None:
     if given.get("json"):
         print(json.dumps([info._asdict() for info in found], indent=2, default=str))
     else:
-        print(terminal.runs_text(found))
+        print(listings.runs_text(found))
 
 
 def _budget(given: Given) -> None:
@@ -154,11 +154,22 @@ def _budget(given: Given) -> None:
             print(f"\nThe recipe is in {given['out']}")
 
 
+def _clean(given: Given) -> None:
+    from trdq_core.cleaning import clean
+
+    found, dry = clean(given["older_than"], dry_run=given.get("dry_run", False)), given.get("dry_run", False)
+    if given.get("json"):
+        print(json.dumps([one._asdict() for one in found], indent=2, default=str))
+    else:
+        print(listings.cleaned_text(found, dry_run=dry))
+
+
 def _run(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
 
-    folder = Path(given["out"]) if "out" in given else runs.new_run_folder(spec.command)
+    named = "out" in given and spec.command != "save"  # whose folder is the model's
+    folder = Path(given["out"]) if named else runs.new_run_folder(spec.command)
     prepare_folder(folder, spec)
     quiet = given.get("quiet", False)
     with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=quiet) as bar:

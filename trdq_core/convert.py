@@ -137,6 +137,7 @@ def convert(
     `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
     attention products. CalibrationError names the one that a recipe needs and does not find.
     """
+    check_unquantized(denoiser, recipe)
     groups = groups_of(recipe, statistics)
     time = TimeContext(groups, (min(statistics.timesteps), max(statistics.timesteps)))
     copy = denoiser if in_place else share_copy(denoiser)
@@ -205,6 +206,7 @@ def convert_without_data(
             f"{recipe.name}: {reason}, so it has to be calibrated; run python -m trdq_core save --model MODEL --recipe "
             f"{recipe.name} and load the folder it writes, give the calibration, or use a recipe such as rtn-w8a8."
         )
+    check_unquantized(denoiser, recipe)
     conversion = Conversion(denoiser, recipe, TimeContext(TimeGroups()), layers=tuple(layers), argument=argument)
     for group in group_inputs(layers, recipe):
         spec, activation = group.rule.weight, group.rule.activation
@@ -221,6 +223,15 @@ def convert_without_data(
         conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)
     conversion.time.attach(denoiser, argument)
     return conversion
+
+
+def check_unquantized(denoiser: nn.Module, recipe: Recipe) -> None:
+    """ModelError if `denoiser` is what a conversion made, such as a saved model that was loaded."""
+    found = getattr(denoiser, "trdq_conversion", None)
+    if isinstance(found, Conversion):
+        raise ModelError(
+            f"{recipe.name}: this model is quantized already, with {found.recipe.name}; load the full-precision one."
+        )
 
 
 def needs_data(recipe: Recipe) -> str | None:

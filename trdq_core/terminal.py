@@ -82,10 +82,10 @@ def plan_text(name: str, plan: Any) -> str:
         f"resident {size(plan.resident_bytes)}, on disk {size(plan.disk_bytes)}",
         *(f"note: {note}" for note in plan.notes),
     ]
-    return "\n".join([_left(header, rows, columns=(0, 1, 2, 3, 7, 8)), "", *totals])
+    return "\n".join([set_left(header, rows, columns=(0, 1, 2, 3, 7, 8)), "", *totals])
 
 
-def _left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequence[int]) -> str:
+def set_left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequence[int]) -> str:
     """A table with the given columns set left: they are padded before `table` sees them."""
     cells = [list(header), *(list(row) for row in rows)]
     for i in columns:
@@ -93,43 +93,6 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequ
         for row in cells:
             row[i] = row[i].ljust(width)
     return table(cells[0], cells[1:])
-
-
-def models_text(models: Iterable[Any]) -> str:
-    """The table of models: which are at hand, and why one is not."""
-    rows = [
-        (m.name, m.kind, "yes" if m.available else f"no: {m.reason}", _place(m), m.description) for m in models
-    ]  # fmt: skip
-    return _left(("model", "kind", "at hand", "where", "what it is"), rows, columns=range(5))
-
-
-def _place(model: Any) -> str:
-    """The folder of a model; of one of the hub its id and commit, which is recorded at download where none is pinned."""
-    if model.path is not None or not model.repo:
-        return str(model.path)
-    return f"{model.repo} at {model.revision[:8] if model.revision else 'a revision recorded at download'}"
-
-
-def runs_text(runs: Iterable[Any]) -> str:
-    """The table of stored runs."""
-    rows = [(run.created.replace("T", " "), run.command, run.model, run.state, str(run.folder)) for run in runs]
-    return _left(("created", "command", "model", "state", "folder"), rows, columns=range(5)) if rows else "No runs yet."
-
-
-def activations_text(found: Mapping[str, Any]) -> str:
-    """One input before and after its transform: its numbers, and what else can be looked at."""
-    before, after = found["before_facts"], found["after_facts"]
-    names = {"absmax": "absmax", "peak": "absmax over RMS", "kurtosis": "kurtosis", "clipped_share": "clipped share"}
-    names["sqnr_db"] = "SQNR dB"
-    rows = [(said, f"{before[key]:.4g}", f"{after[key]:.4g}") for key, said in names.items()]
-    groups = ", ".join(f"{index}: {label}" for index, label in enumerate(found["groups"]))
-    return "\n".join(
-        [
-            f"{found['layer']}, {found['recipe']}, group {found['group']}, {found['rows']} rows of {found['calibration']}",
-            table(("", "before", "after"), rows), found["note"], f"groups of timesteps: {groups}",
-            f"layers: {', '.join(found['layers'])}",
-        ]
-    )  # fmt: skip
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -151,7 +114,25 @@ def report_text(report: Mapping[str, Any]) -> str:
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
     lines += _sharing_lines(report)
+    lines += _saved_lines(report.get("saved"))
     return "\n".join(line for line in lines if line is not None)
+
+
+def _saved_lines(saved: Mapping[str, Any] | None) -> list[str]:
+    """Where a saved model is, what it weighs, and whether it came back as it was."""
+    if saved is None:
+        return []
+    verdict = {
+        True: "Loaded again, it samples the same bits.",
+        False: "Loaded again, it does NOT sample the same bits.",
+    }
+    lines = [
+        "",
+        f"The model is in {saved['folder']}: {size(saved['bytes'])}, of which {size(saved['denoiser_bytes'])} are the "
+        f"denoiser's, {size(saved['fp_denoiser_bytes'])} in full precision.",
+        verdict.get(saved["bit_equal"], "It was not loaded again."),
+    ]
+    return lines + ([f"It was uploaded to {saved['hub']}."] if saved["hub"] else [])
 
 
 def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
