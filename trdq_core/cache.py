@@ -1,4 +1,4 @@
-"""Where a person's caches go: their own cache folder, or one in the temporary folder where that cannot be written."""
+"""Where caches and data go: the person's own cache folder, or one in the temporary folder where that cannot be written."""
 
 from __future__ import annotations
 
@@ -17,6 +17,12 @@ def cache_root() -> Path:
     except RuntimeError:  # there is no home at all
         return _temporary()
     return folder if _can_be_written(folder) else _temporary()
+
+
+def data_folder() -> Path:
+    """Where runs, calibrations and switched sets live: TRDQ_DATA_DIR, else `trdq-studio` in the user's cache folder."""
+    base = os.environ.get("TRDQ_DATA_DIR")
+    return Path(base) if base else cache_root() / "trdq-studio"
 
 
 @functools.cache

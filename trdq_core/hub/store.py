@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import NamedTuple
 
-from trdq_core.folders import data_folder
+from trdq_core.cache import data_folder
 from trdq_core.hub.known import KNOWN_MODELS
 
 RECORD = "trdq-download.json"  # written last: a folder without it was not fetched to its end
