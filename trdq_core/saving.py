@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from trdq_core.calibration import calibrate
-from trdq_core.convert import Conversion, convert, convert_without_data, needs_data
+from trdq_core.convert import Conversion, convert
+from trdq_core.data_free import convert_without_data, needs_data
 from trdq_core.errors import RecipeError
 from trdq_core.events import ignore
 from trdq_core.folders import data_folder

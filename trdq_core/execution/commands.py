@@ -1,4 +1,4 @@
-"""The commands that compare nothing, or only one recipe: calibrate, sample, attention, save."""
+"""The commands that compare nothing: calibrate, sample, attention."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from trdq_core import saving
 from trdq_core.auto_sharing import fulfil
-from trdq_core.execution.rows import REFERENCE, changed_row, facts_of, fp_bytes, quality
-from trdq_core.execution.samples import Samples, sample_all
+from trdq_core.execution.rows import REFERENCE, changed_row
+from trdq_core.execution.samples import sample_all
 from trdq_core.session import Session, changes, convert_for, statistics_for
 from trdq_core.similarity import measure_similarity
 from trdq_core.specs import Recipe
@@ -41,28 +40,6 @@ def sample_prompts(session: Session, report: dict[str, Any]) -> None:
     conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
     samples = sample_all(session, recipe.name, conversion.denoiser)
     report["recipes"][recipe.name] = changed_row(session, conversion, samples)
-
-
-def save_model(session: Session, report: dict[str, Any]) -> None:
-    """Convert, sample the prompts with and without it where there are any, save, load again and compare."""
-    spec, model, rows = session.spec, session.model, report["recipes"]
-    recipe = saving.check(session)
-    conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
-    samples, measured = Samples(), {}
-    if spec.prompts:
-        session.conditionings = model.encode(spec.prompts)
-        reference = sample_all(session, REFERENCE, model.denoiser, keep=True)
-        session.references, session.pictures = reference.runs, reference.pictures
-        label, size = report["reference"]["label"], fp_bytes(session, [recipe])
-        rows[REFERENCE] = {"kind": "reference", "label": label, **size, **reference.row()}
-        samples = sample_all(session, recipe.name, conversion.denoiser, keep=True)
-        measured = quality(session, samples)
-    rows[recipe.name] = {**facts_of(session, conversion), **measured}
-    if spec.prompts:
-        rows[recipe.name] |= changed_row(session, conversion, samples)
-    first = samples.pictures[0] if samples.pictures else None
-    picture = first if first is None or first.ndim == 3 else first[0]  # of a clip the card shows a frame
-    report["saved"] = saving.save(session, conversion, report, samples.runs, picture)
 
 
 def attention(session: Session, report: dict[str, Any]) -> None:

@@ -10,8 +10,9 @@ from typing import Any
 
 from trdq_core import profiling
 from trdq_core.evaluation.command import evaluate
-from trdq_core.execution.commands import attention, calibrate, sample_prompts, save_model
+from trdq_core.execution.commands import attention, calibrate, sample_prompts
 from trdq_core.execution.compare import compare
+from trdq_core.execution.save import save
 from trdq_core.execution.timing import profile
 from trdq_core.folders import RunFolder
 from trdq_core.kernels import dispatch
@@ -24,7 +25,7 @@ from trdq_core.specs import RunSpec
 REPORT_VERSION = 1
 COMMANDS = {
     "calibrate": calibrate, "sample": sample_prompts, "compare": compare, "profile": profile, "attention": attention,
-    "evaluate": evaluate, "sensitivity": sensitivity, "save": save_model,
+    "evaluate": evaluate, "sensitivity": sensitivity, "save": save,
 }  # fmt: skip
 
 
