@@ -22,6 +22,7 @@ from trdq_core.checkpoints.restore import activate, cast_passing_buffers, instal
 from trdq_core.convert import Conversion, convert, convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.modules import align
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -163,6 +164,7 @@ class TRDQQuantizer(DiffusersQuantizer):
             manifest = self._checkpoint.manifest
             if self._dtype is None or str(self._dtype) == f"torch.{manifest.dtype}":
                 cast_passing_buffers(model, manifest.buffers)
+            align(model)  # before anything is derived from its tensors
             activate(model, manifest)
             self.adopt(conversion_of(model))
             return model
