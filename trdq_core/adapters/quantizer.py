@@ -15,6 +15,7 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from trdq_core.adapters.families import time_by_name
 from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
@@ -170,15 +171,16 @@ class TRDQQuantizer(DiffusersQuantizer):
             return model
         from trdq_core.adapters.roles import find_linears  # not above: diffusers is half imported when this module is
 
-        config = self.quantization_config
+        config, argument = self.quantization_config, time_by_name(model)
         backend, layers = dispatch.select_backend(next(model.parameters()).device), find_linears(model)
         if config.calibration is None:
-            found = convert_without_data(model, layers, config.recipe, backend=backend)
+            found = convert_without_data(model, layers, config.recipe, backend=backend, argument=argument)
         else:
             statistics, sets = Statistics.load(config.calibration), config.calibration / "sets"
             found = convert(
-                model, layers, config.recipe, statistics, backend=backend, storage_folder=sets, in_place=True
-            )
+                model, layers, config.recipe, statistics, backend=backend, storage_folder=sets, argument=argument,
+                in_place=True,
+            )  # fmt: skip
         self.adopt(found)
         return model
 
