@@ -22,7 +22,7 @@ from trdq_core.specs import (
     SharingSpec,
 )
 
-BACKENDS = ("reference", "torch", "cpp")
+BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
     "plan": "tr-dq-w4a8",
@@ -33,10 +33,11 @@ DEFAULT_RECIPES = {
     "attention": "",
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
+    "save": "tr-dq-w4a8",
 }
-DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "push_to_hub")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -57,6 +58,8 @@ def build_parser() -> Parser:
 
     models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
     _add_json(models)
+    summary = "list the other tools that recipes can be compared with"
+    _add_json(commands.add_parser("peers", help=summary, description=summary, argument_default=argparse.SUPPRESS))
 
     for command, summary in (
         ("plan", "show which layer gets which kernel and how many bytes, before anything runs"),
@@ -68,6 +71,7 @@ def build_parser() -> Parser:
             "evaluate",
             "measure many recipes on many pictures, in batches; started again it goes on where it was stopped",
         ),
+        ("save", "quantize with one recipe and write a folder that diffusers loads, with a model card"),
     ):
         one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
         _add_model_and_recipes(one, command)
@@ -78,6 +82,7 @@ def build_parser() -> Parser:
     _add_attention(commands)
     _add_sensitivity(commands)
     _add_budget(commands)
+    _add_clean(commands)
     return parser
 
 
@@ -126,6 +131,16 @@ def _add_budget(commands: Any) -> None:
     _add_json(one)
 
 
+def _add_clean(commands: Any) -> None:
+    summary = "remove old switched sets and learnt rounding from the data folder; runs, calibrations and recipes stay"
+    one = commands.add_parser("clean", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    one.add_argument(
+        "--older-than", type=float, metavar="DAYS", required=True, help="days since they were last written"
+    )
+    one.add_argument("--dry-run", action="store_true", help="only list them")
+    _add_json(one)
+
+
 def _add_model_and_recipes(parser: Parser, command: str) -> None:
     names = f"{', '.join(METHODS)}, with bits such as {OFFERED_BITS[2].lower()}"
     add = parser.add_argument
@@ -140,7 +155,8 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
         "--recipes",
         "--recipe",
         metavar="A,B",
-        help=f"recipes by name: {names}; fp is the full-precision reference{default}",
+        help=f"recipes by name: {names}; fp is the full-precision reference; peer-NAME is another tool, see the peers "
+        f"command{default}",
     )
     add(
         "--recipe-file",
@@ -198,7 +214,11 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
-    add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
+    if command == "save":
+        add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
+        add("--push-to-hub", metavar="ID", help="upload it as OWNER/NAME afterwards")
+    else:
+        add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 
 
@@ -214,6 +234,8 @@ def spec_from(given: Given) -> RunSpec:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
     data["command"] = "calibrate" if command == "plan" else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if command == "save" and "out" in given:
+        data["save_to"] = str(Path(given["out"]).absolute())
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
         return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))
@@ -294,7 +316,11 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     sharing = SharingSpec.from_json(_read(given["sharing"], "--sharing"))
     if given["command"] == "sample":
         return [with_sharing(recipe, sharing) for recipe in recipes]
-    return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
+    return [
+        both
+        for recipe in recipes
+        for both in ((recipe, with_sharing(recipe, sharing)) if recipe.peer is None else (recipe,))
+    ]
 
 
 def _prompts(model: str, which: str, count: int, flag: str) -> list[str]:

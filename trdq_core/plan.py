@@ -92,6 +92,10 @@ def set_count(recipe: Recipe, steps: int) -> int:
 
 def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, backend: dispatch.Backend) -> Plan:
     """The plan table of `recipe` for a model's linears; RecipeError or ShapeError if a layer cannot take its rule."""
+    if recipe.peer is not None:
+        raise RecipeError(
+            f"{recipe.name}: another tool makes its own plan; measure it with profile, compare or evaluate."
+        )
     if recipe.quantized and not any(rule_for(layer, recipe) for layer in layers):
         raise RecipeError(f"{recipe.name}: no linear of this model matches a rule; check roles and match patterns.")
     sets = set_count(recipe, steps)

@@ -55,11 +55,12 @@ def check_branches(model: SampledModel) -> None:
 
 
 class ClipShape(NamedTuple):
-    """The clips that a model makes: how many frames, their size in pixels, and frames a second."""
+    """The clips that a model makes: how many frames, their size in pixels, and frames a second. None where only a decoded
+    clip shows it."""
 
-    frames: int
-    height: int
-    width: int
+    frames: int | None
+    height: int | None
+    width: int | None
     fps: float
 
 

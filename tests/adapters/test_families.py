@@ -17,6 +17,7 @@ from trdq_core.adapters.saving import save_quantized
 from trdq_core.calibration import calibrate
 from trdq_core.convert import Conversion, convert
 from trdq_core.kernels import dispatch
+from trdq_core.models import kind_of
 from trdq_core.plan import make_plan
 from trdq_core.presets import QUANTIZED_ROLES, make_recipe
 from trdq_core.sampling import sample
@@ -78,6 +79,14 @@ def test_latents_are_those_of_the_stock_pipeline(family: str, model: Transformer
     if "latents" in model._run.taken and family != "hunyuan-dit":  # its scheduler draws noise in every step
         stock = model.pipeline(**stock_arguments(model))[0]
         assert torch.equal(ours.latents[-1], stock)
+
+
+def test_families_that_make_clips_say_so(family: str, model: TransformerModel, folder: Path) -> None:
+    size = FAMILIES[family].size
+    if "frames" in size:
+        assert model.clip[:3] == (size["frames"], size["height"], size["width"])
+        assert 8 <= model.clip.fps <= 24
+    assert (model.clip is not None) == ("frames" in size) == (kind_of(str(folder)) == "video")
 
 
 def stock_arguments(model: TransformerModel) -> dict[str, object]:

@@ -15,12 +15,12 @@ from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from trdq_core.adapters.families import time_by_name
 from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
-from trdq_core.convert import Conversion, convert, convert_without_data
+from trdq_core.convert import Conversion, convert
+from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.nn.modules import align
@@ -169,7 +169,9 @@ class TRDQQuantizer(DiffusersQuantizer):
             activate(model, manifest)
             self.adopt(conversion_of(model))
             return model
-        from trdq_core.adapters.roles import find_linears  # not above: diffusers is half imported when this module is
+        # Not above: diffusers is half imported when this module is.
+        from trdq_core.adapters.families import time_by_name
+        from trdq_core.adapters.roles import find_linears
 
         config, argument = self.quantization_config, time_by_name(model)
         backend, layers = dispatch.select_backend(next(model.parameters()).device), find_linears(model)

@@ -12,6 +12,7 @@ from trdq_core import profiling
 from trdq_core.evaluation.command import evaluate
 from trdq_core.execution.commands import attention, calibrate, sample_prompts
 from trdq_core.execution.compare import compare
+from trdq_core.execution.save import save
 from trdq_core.execution.timing import profile
 from trdq_core.folders import RunFolder
 from trdq_core.kernels import dispatch
@@ -24,7 +25,7 @@ from trdq_core.specs import RunSpec
 REPORT_VERSION = 1
 COMMANDS = {
     "calibrate": calibrate, "sample": sample_prompts, "compare": compare, "profile": profile, "attention": attention,
-    "evaluate": evaluate, "sensitivity": sensitivity,
+    "evaluate": evaluate, "sensitivity": sensitivity, "save": save,
 }  # fmt: skip
 
 
@@ -37,6 +38,7 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     try:
         COMMANDS[spec.command](session, report)
     finally:
+        report["clip"] = clip_facts(session.outputs.clip)  # some models' size shows only in what was decoded
         folder.write_report(report)
     return report
 
@@ -61,7 +63,7 @@ def _header(session: Session) -> dict[str, Any]:
         },
         "spec": spec.to_dict(),
         "kernel_backend": dispatch.describe(model.device),
-        "clip": clip_facts(model),
+        "clip": clip_facts(model.clip),
         "calibration": None,
         "prompts": list(spec.prompts),
         "recipes": {},
