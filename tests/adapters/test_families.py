@@ -85,7 +85,7 @@ def test_families_that_make_clips_say_so(family: str, model: TransformerModel, f
     size = FAMILIES[family].size
     if "frames" in size:
         assert model.clip[:3] == (size["frames"], size["height"], size["width"])
-        assert 8 <= model.clip.fps <= 24
+        assert 8 <= model.clip.fps <= 25
     assert (model.clip is not None) == ("frames" in size) == (kind_of(str(folder)) == "video")
 
 
