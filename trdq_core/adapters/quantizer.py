@@ -23,6 +23,7 @@ from trdq_core.convert import Conversion, convert
 from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.modules import align
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -159,6 +160,7 @@ class TRDQQuantizer(DiffusersQuantizer):
         check_contents(self._checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        align(model)
         if self.pre_quantized:
             assert self._checkpoint is not None  # as above
             manifest = self._checkpoint.manifest
