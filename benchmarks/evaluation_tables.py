@@ -49,7 +49,7 @@ def rows_from_evaluation(report: Mapping[str, Any], head: Mapping[str, Any], *, 
     )
     rows = []
     for recipe, facts in report["recipes"].items():
-        if facts["kind"] not in ("quantized", "shared"):
+        if facts["kind"] not in ("quantized", "shared", "peer"):
             continue
         parts = [
             how,

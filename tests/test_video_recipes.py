@@ -92,6 +92,12 @@ def test_every_method_runs_on_clips(method: str, subject: Callable[..., Subject]
         found = changed.facts()["attention"]
         assert found["attentions"] == len(attentions(layers, cross=recipe.attention.cross))
         assert found["calls"] == STEPS * found["attentions"]
+    if recipe.reconstruction is not None:
+        units = [unit for unit in changed.facts()["reconstruction"]["units"] if unit["kind"] == "block"]
+        assert [unit["unit"] for unit in units] == [
+            f"{name}.{block}" for block in (0, 1) for name in ("transformer_blocks", "temporal_transformer_blocks")
+        ], "each behind those before it"
+        assert all(0 < unit["error_nearest"] < 1 for unit in units)
 
 
 def test_a_clip_counts_as_one_item_of_each_branch(subject: Callable[..., Subject]) -> None:

@@ -22,7 +22,7 @@ from trdq_core.specs import (
     SharingSpec,
 )
 
-BACKENDS = ("reference", "torch", "cpp")
+BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
     "plan": "tr-dq-w4a8",
@@ -58,6 +58,8 @@ def build_parser() -> Parser:
 
     models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
     _add_json(models)
+    summary = "list the other tools that recipes can be compared with"
+    _add_json(commands.add_parser("peers", help=summary, description=summary, argument_default=argparse.SUPPRESS))
 
     for command, summary in (
         ("plan", "show which layer gets which kernel and how many bytes, before anything runs"),
@@ -153,7 +155,8 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
         "--recipes",
         "--recipe",
         metavar="A,B",
-        help=f"recipes by name: {names}; fp is the full-precision reference{default}",
+        help=f"recipes by name: {names}; fp is the full-precision reference; peer-NAME is another tool, see the peers "
+        f"command{default}",
     )
     add(
         "--recipe-file",
@@ -313,7 +316,11 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     sharing = SharingSpec.from_json(_read(given["sharing"], "--sharing"))
     if given["command"] == "sample":
         return [with_sharing(recipe, sharing) for recipe in recipes]
-    return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
+    return [
+        both
+        for recipe in recipes
+        for both in ((recipe, with_sharing(recipe, sharing)) if recipe.peer is None else (recipe,))
+    ]
 
 
 def _prompts(model: str, which: str, count: int, flag: str) -> list[str]:

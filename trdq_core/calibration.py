@@ -23,6 +23,7 @@ from trdq_core.timegroups import TimeContext, TimeGroups
 SAVE_EVERY = 30.0  # seconds between two saves of the prompts finished so far
 ROWS_PER_CALL = 16  # token rows kept of each call; with 16 prompts and 20 steps, 256 a timestep
 CALIBRATION_VERSION = 4
+UNOBSERVED = ("other", "uncalled")  # roles that no recipe is meant for
 
 
 def calibration_fingerprint(
@@ -55,7 +56,7 @@ def calibrate(
     started = time.monotonic()
     settings = {"steps": steps, "guidance": guidance, "seed": seed}
     about = {"fingerprint": calibration_fingerprint(model, prompts, **settings), "model": model.name, **settings}
-    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role != "other"))
+    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role not in UNOBSERVED))
     resumed = _resume(partial, about)
     done = resumed.about["finished"] if resumed is not None else 0
     progress = Progress("calibrate", len(prompts) * steps, on_event=on_event, cancelled=cancelled, done=done * steps)
@@ -160,7 +161,12 @@ def _observe_prompt(
             f"calibration: the scheduler gave {len(seen)} different timesteps in {len(trajectory.timesteps)} steps; "
             "use fewer steps."
         )
-    for observer in observers.values():
+    for name, observer in observers.items():
+        if not observer.silent and observer.timesteps != seen:
+            raise CalibrationError(
+                f"{name}: it ran in {len(observer.timesteps)} of {len(seen)} steps only, and each step needs its statistics; "
+                "sample with settings that run the whole model in every step."
+            )
         observer.finish()
     return tuple(seen)
 

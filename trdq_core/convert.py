@@ -60,8 +60,9 @@ class Conversion:
     def facts(self) -> dict[str, Any]:
         """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers.
 
-        `packed_bits` are those of a file that packs every code tightly, scales and transforms included; `effective_bits`
-        those that this machine holds. Both per weight of the quantized layers.
+        `file_bytes` are those of the whole denoiser in a file with every code packed tightly. `packed_bits` are those of the
+        quantized layers in it, scales and transforms included; `effective_bits` those that this machine holds. Both per
+        weight of the quantized layers.
         """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
@@ -76,6 +77,7 @@ class Conversion:
             "fp_weight_bytes": 4 * count,
             "resident_bytes": module_bytes(self.denoiser) + sum(layer.dense_bytes for layer in layers.values()),
             "disk_bytes": self.switched.nbytes if self.switched else 0,
+            "file_bytes": module_bytes(self.denoiser) - weight_bytes + self.packed_bytes,
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,

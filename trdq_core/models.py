@@ -35,6 +35,13 @@ def models() -> list[ModelInfo]:
             "random-dit", None, "speed", "DiT of 12 layers, 6 heads of 64, 256 tokens, random weights: for speed only.",
             True, "",
         ),
+        ModelInfo(
+            "random-pixart-xl", None, "speed", "4 layers of PixArt-XL, 1152 wide, 256 tokens, random weights: for speed only.",
+            True, "",
+        ),
+        ModelInfo(
+            "random-pixart-xl-28", None, "speed", "PixArt-XL whole, 28 layers, 0.6 B, 256 tokens, random weights.", True, "",
+        ),
     ]  # fmt: skip
 
 

@@ -73,8 +73,8 @@ class InputObserver:
         """The present prompt is done: add it to what is kept."""
         if self.silent:
             return
-        item_absmax = torch.stack([torch.cat(absmax) for absmax, _ in self._calls.values()])
-        rows = torch.stack([torch.cat(parts) for _, parts in self._calls.values()])
+        item_absmax = _evened([torch.cat(absmax) for absmax, _ in self._calls.values()])
+        rows = _evened([torch.cat(parts) for _, parts in self._calls.values()])
         self.keep(LayerStatistics(item_absmax, rows))
 
     def keep(self, statistics: LayerStatistics) -> None:
@@ -86,6 +86,13 @@ class InputObserver:
         """The statistics of all finished prompts."""
         assert self._finished is not None  # asked for only after a prompt was finished
         return self._finished
+
+
+def _evened(steps: Sequence[Tensor]) -> Tensor:
+    """(timesteps, most, channels) of tensors (any, channels). Steps with fewer calls, where a sampler leaves guidance out,
+    repeat what they have, so that each timestep counts the same."""
+    most = max(len(one) for one in steps)
+    return torch.stack([one if len(one) == most else one[torch.arange(most) % len(one)] for one in steps])
 
 
 class RangeObserver:

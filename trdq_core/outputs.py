@@ -10,7 +10,7 @@ from PIL import Image
 
 from trdq_core.errors import BackendUnavailable, ShapeError, StorageError
 from trdq_core.folders import RunFolder
-from trdq_core.sampling import ClipShape, SampledModel
+from trdq_core.sampling import ClipShape
 from trdq_core.video_files import FPS, filmstrip, read_png_sequence, write_mp4, write_png_sequence
 
 
@@ -27,7 +27,7 @@ class OutputWriter:
 
     def __init__(self, folder: RunFolder, clip: ClipShape | None) -> None:
         self._folder = folder
-        self._fps = clip.fps if clip is not None else FPS
+        self.clip = clip  # what the model says of its clips, then what they are
         self._videos = True
 
     def save(self, recipe: str, index: int, output: np.ndarray) -> Output:
@@ -37,6 +37,7 @@ class OutputWriter:
             saved = Output(self._folder.save_picture(f"images/{name}.png", output))
             self._folder.emit({"kind": "image", "recipe": recipe, "prompt": index, "image": saved.image})
             return saved
+        self.clip = ClipShape(*output.shape[:3], self.clip.fps if self.clip is not None else FPS)
         frames = f"frames/{name}"
         write_png_sequence(self._folder.path / frames, output)
         image = self._folder.save_picture(f"images/{name}.png", filmstrip(output))
@@ -66,7 +67,7 @@ class OutputWriter:
         if not self._videos:
             return None
         try:
-            write_mp4(self._folder.path / name, clip, self._fps)
+            write_mp4(self._folder.path / name, clip, self.clip.fps if self.clip is not None else FPS)
         except (BackendUnavailable, ShapeError) as error:
             self._videos = False
             self._folder.emit(
@@ -84,6 +85,6 @@ def output_fields(saved: Sequence[Output]) -> dict[str, list[str | None]]:
     return fields
 
 
-def clip_facts(model: SampledModel) -> dict[str, Any] | None:
+def clip_facts(clip: ClipShape | None) -> dict[str, Any] | None:
     """`report["clip"]`: frames, height, width and fps of a model's clips, None if it makes pictures."""
-    return model.clip._asdict() if model.clip is not None else None
+    return clip._asdict() if clip is not None else None

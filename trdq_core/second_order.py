@@ -178,10 +178,15 @@ def _watching(denoiser: nn.Module, layers: Sequence[str], seen: dict[str, tuple[
 
 def _prediction(output: Any, call: Call) -> Tensor:
     """The part of the denoiser's output that a sampler uses: a learned variance, channels beyond those of the latents, is not."""
-    value = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
-    tensors = (part for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor))
-    latents = next(part for part in tensors if part.dim() == value.dim())
+    value = _stacked(output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output))
+    tensors = (_stacked(part) for part in (*call.args, *call.kwargs.values()))
+    latents = next(part for part in tensors if isinstance(part, Tensor) and part.dim() == value.dim())
     return value[:, : latents.shape[1]]
+
+
+def _stacked(value: Any) -> Any:
+    """Items that a denoiser takes or gives as a list, as one tensor."""
+    return torch.stack(value) if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
 
 
 def _tokens(count: int, rows: int, seed: int) -> Tensor:

@@ -110,6 +110,12 @@ def cleaned_text(found: Sequence[Any], *, dry_run: bool) -> str:
     return table(("kind", "name", "days", "bytes"), rows, left=2) + f"\n\n{total} {word}."
 
 
+def peers_text(peers: Iterable[tuple[str, str | None, str]]) -> str:
+    """The table of other tools: name, what is missing of each, what it is."""
+    rows = [(name, "yes" if missing is None else f"no: {missing}", words) for name, missing, words in peers]
+    return _left(("peer", "at hand", "what it is"), rows, columns=range(3))
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}
@@ -128,6 +134,7 @@ def report_text(report: Mapping[str, Any]) -> str:
             lines.append(
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
+        lines += [f"left out: {facts['error']}" for facts in recipes.values() if facts.get("kind") == "failed"]
     lines += _sharing_lines(report)
     lines += _saved_lines(report.get("saved"))
     return "\n".join(line for line in lines if line is not None)

@@ -14,15 +14,14 @@ from trdq_core.adapters.families import FAMILIES as KNOWN
 from trdq_core.adapters.generic import TransformerModel
 from trdq_core.calibration import calibrate
 from trdq_core.convert import Conversion, convert
+from trdq_core.models import kind_of
 from trdq_core.plan import make_plan
 from trdq_core.presets import QUANTIZED_ROLES, make_recipe
 from trdq_core.sampling import sample
 from trdq_core.specs import Recipe
 
 PROMPT, GUIDANCE, STEPS = "red apple", 3.0, 2
-KEPT_ROLES = {"embed", "modulation", "final", "skip"}
-# Linears that read equal values which the model has put together anew, so that they are not one tensor in memory.
-EQUAL_VALUES = {"hunyuan-video": "single_transformer_blocks.0.proj_mlp"}
+KEPT_ROLES = {"embed", "modulation", "final", "skip", "uncalled"}
 RECIPES = {
     "rtn-w8a8": (make_recipe("rtn", weight_bits=8, activation_bits=8), 0.05),
     "tr-dq-w4a8": (make_recipe("tr-dq", weight_bits=4, activation_bits=8, groups=2, group_kind="per_step"), 0.25),
@@ -57,7 +56,8 @@ def test_roles_are_found_and_inputs_are_those_of_a_real_call(
     assert sum(roles[role] for role in KEPT_ROLES) < len(layers)
     assert layers_of(family, folder) == layers
     for told, seen in zip(layers, model.traced(layers), strict=True):
-        if told.role in QUANTIZED_ROLES and told.name != EQUAL_VALUES.get(family):
+        assert told.role == seen.role
+        if told.role in QUANTIZED_ROLES:
             assert told == seen
 
 
@@ -75,6 +75,14 @@ def test_latents_are_those_of_the_stock_pipeline(family: str, model: Transformer
     if "latents" in model._run.taken and family != "hunyuan-dit":  # its scheduler draws noise in every step
         stock = model.pipeline(**stock_arguments(model))[0]
         assert torch.equal(ours.latents[-1], stock)
+
+
+def test_families_that_make_clips_say_so(family: str, model: TransformerModel, folder: Path) -> None:
+    size = FAMILIES[family].size
+    if "frames" in size:
+        assert model.clip[:3] == (size["frames"], size["height"], size["width"])
+        assert 8 <= model.clip.fps <= 24
+    assert (model.clip is not None) == ("frames" in size) == (kind_of(str(folder)) == "video")
 
 
 def stock_arguments(model: TransformerModel) -> dict[str, object]:

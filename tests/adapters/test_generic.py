@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKLWan, DiffusionPipeline
+from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -21,10 +22,12 @@ from trdq_core.adapters import layers_of, load_adapter
 from trdq_core.adapters.generic import TransformerModel
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.placement import notes_on
-from trdq_core.errors import ModelError
+from trdq_core.errors import ModelError, RecipeError
 from trdq_core.presets import parse_recipe
-from trdq_core.runs import plan
+from trdq_core.runs import plan, run
 from trdq_core.sampling import sample, sample_batch
+from trdq_core.similarity import measure_similarity
+from trdq_core.specs import RunSpec
 
 PROMPT = "red apple"
 
@@ -162,6 +165,12 @@ def test_branches_are_told_by_what_they_are_handed() -> None:
     assert torch.equal(seen["unconditional"][:, :6], given["negative_prompt_embeds"])
 
 
+@pytest.mark.parametrize(("name", "words"), [("dit", "conditional half of a batch first"), ("wan", "cannot be shared")])
+def test_attention_that_cannot_be_compared_is_refused_in_one_sentence(name: str, words: str) -> None:
+    with pytest.raises(RecipeError, match=words):
+        measure_similarity(tiny_model(name), [PROMPT], steps=2, guidance=3.0, seed=0)
+
+
 def test_a_cancelled_run_leaves_nothing_behind() -> None:
     model = tiny_model("wan")
 
@@ -226,6 +235,52 @@ def test_several_prompts_are_sampled_at_once(name: str) -> None:
     pairs = zip(both, seeds, strict=True)
     alone = torch.cat([sample(model, one, seed, steps=2, guidance=3.0).latents[-1] for one, seed in pairs])
     assert torch.allclose(together, alone, atol=1e-4)
+
+
+def test_clips_have_the_size_that_is_sampled() -> None:
+    assert tiny_model("wan").clip == (5, 64, 64, 16)
+    assert tiny_model("cogvideox").clip == (5, 64, 64, 8)
+    assert tiny_model("ltx").clip == (9, 128, 128, 25)
+    assert tiny_model("latte").clip == (2, 64, 64, 8)
+    assert tiny_model("sd3").clip is None and tiny_model("dit").clip is None
+
+
+def run_compare(folder: Path, run_folder: Path) -> dict[str, Any]:
+    """One comparison by the door that the command line and the studio use."""
+    spec = RunSpec(
+        command="compare", model=str(folder), prompts=("green salad",), calibration_prompts=("red apple",), steps=2,
+        guidance=3.0, recipes=(parse_recipe("fp"), parse_recipe("rtn-w8a8")), backend="reference", timing_rounds=2,
+    )  # fmt: skip
+    return run(spec, run_folder)
+
+
+def test_a_folder_of_pictures_is_compared_from_end_to_end(tmp_path: Path) -> None:
+    with_text("auraflow").save_pretrained(tmp_path / "auraflow")
+    report = run_compare(tmp_path / "auraflow", tmp_path / "run")
+    row = report["recipes"]["rtn-w8a8"]
+    assert row["kind"] == "quantized" and 30 < row["psnr"] < 90
+    assert (tmp_path / "run" / row["images"][0]).is_file()
+
+
+def test_a_folder_of_clips_is_compared_from_end_to_end(tmp_path: Path) -> None:
+    tiny_clips().save_pretrained(tmp_path / "cogvideox")
+    report = run_compare(tmp_path / "cogvideox", tmp_path / "run")
+    row = report["recipes"]["rtn-w8a8"]
+    assert row["kind"] == "quantized" and 30 < row["psnr"] < 90
+    assert len(list((tmp_path / "run" / row["frames"][0]).glob("*.png"))) == 9
+
+
+def tiny_clips() -> DiffusionPipeline:
+    """CogVideoX with text, an autoencoder over time, and its own size in its configuration."""
+    pipeline = with_text("cogvideox")
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 4, up_block_types=("CogVideoXUpBlock3D",) * 4,
+        block_out_channels=(8, 8, 8, 8), latent_channels=4, layers_per_block=1, norm_num_groups=2,
+        temporal_compression_ratio=4, sample_height=64, sample_width=64,
+    )  # fmt: skip
+    config = {**FAMILIES["cogvideox"].config, "max_text_seq_length": 226, "sample_frames": 9}
+    pipeline.register_modules(vae=vae.eval(), transformer=CogVideoXTransformer3DModel(**config))
+    return pipeline
 
 
 def test_plans_say_what_stays_because_it_is_no_linear(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 ROLES = {
     "mixer.query": "self_q", "mixer.key": "self_k", "mixer.value": "self_v", "mixer.merge": "self_out",
     "mlp.up": "mlp_in", "mlp.gate": "mlp_in", "mlp.down": "mlp_out", "adaln_modulation": "modulation",
-    "router": "other", "unused": "other",
+    "router": "other", "unused": "uncalled",
 }  # fmt: skip
 
 
@@ -44,6 +44,7 @@ def test_the_plan_says_what_could_not_be_placed(model: TransformerModel) -> None
     plan = make_plan(model.linears(), parse_recipe("rtn-w8a8"), backend="reference")
     reasons = {row.layer: row.reason for row in plan.layers if row.action == "keep"}
     assert "role could not be told" in reasons["stages.0.router"]
+    assert "never calls it" in reasons["stages.0.unused"]
     assert "stages.0.mixer.query" not in reasons
 
 
@@ -75,7 +76,7 @@ def test_it_is_calibrated_converted_and_sampled(model: TransformerModel, tmp_pat
         f"stages.{stage}.{leaf}"
         for stage in (0, 1)
         for leaf, role in ROLES.items()
-        if role not in ("modulation", "other")
+        if role not in ("modulation", "other", "uncalled")
     }
     conditioning = model.encode(["apple"])[0]
     reference = sample(model, conditioning, 0, steps=2, guidance=3.0).latents[-1]

@@ -12,7 +12,7 @@ from trdq_core.adapters.latte import LatteModel
 from trdq_core.calibration import calibrate
 from trdq_core.errors import CalibrationError
 from trdq_core.events import Progress
-from trdq_core.reconstruction.calls import RecordedCalls
+from trdq_core.reconstruction.calls import RecordedCalls, Slot
 from trdq_core.reconstruction.capture import record_calls
 from trdq_core.reconstruction.replay import Replay
 from trdq_core.reconstruction.units import find_blocks
@@ -52,8 +52,36 @@ def test_calls_are_cut_into_clips(clips: LatteModel, seen: Statistics) -> None:
     assert recorded.values[text].shape == (recorded.count, FRAMES, 3, 128)
     assert recorded.lengths.keys() == {text}
     assert recorded.lengths[text].tolist() == [3] * 4 + [2] * 4 + [3] * 4
-    temporal = recorded.templates[TEMPORAL].inputs[0]
-    assert recorded.values[temporal].shape == (recorded.count, PATCHES, FRAMES, 128)
+
+
+def test_blocks_within_and_across_frames_hand_on_what_is_rearranged(clips: LatteModel, seen: Statistics) -> None:
+    recorded = record(clips, seen)
+    turns = [f"{name}.{number}" for number in (0, 1) for name in ("transformer_blocks", "temporal_transformer_blocks")]
+    assert list(recorded.templates) == turns, "in the order of the calls"
+    first = recorded.templates["temporal_transformer_blocks.0"].args[0]
+    assert (first.key, first.moved) == ("transformer_blocks.0/0", True)
+    positions = clips.denoiser.temp_pos_embed[0]
+    assert torch.allclose(recorded.constants[first.offset], positions, atol=1e-5)
+    for name, before in (("transformer_blocks.1", "temporal_transformer_blocks.0"), (TEMPORAL, SPATIAL)):
+        assert recorded.templates[name].args[0] == Slot(f"{before}/0", moved=True)
+    hidden = [key for key, value in recorded.values.items() if value.shape[1:] == (FRAMES, PATCHES, 128)]
+    assert len(hidden) == 1, "depth costs no memory"
+
+
+def test_a_block_reads_what_the_decided_ones_before_it_leave(clips: LatteModel, seen: Statistics) -> None:
+    recorded = record(clips, seen)
+    replay = Replay(clips.denoiser, recorded, list(recorded.templates), torch.device("cpu"))
+    block = replay.enter("transformer_blocks.0")
+    block.ff.net[2] = torch.nn.Linear(512, 128)
+    replay.enter("temporal_transformer_blocks.0")
+    exact, changed = replay.exact["transformer_blocks.0/0"], replay.quantized["transformer_blocks.0/0"]
+    assert exact.shape == changed.shape == (recorded.count, FRAMES, PATCHES, 128)
+    assert not torch.allclose(exact, changed)
+    args, _ = recorded.arguments(
+        "temporal_transformer_blocks.0", torch.tensor([1]), replay.quantized, torch.device("cpu")
+    )
+    positions = clips.denoiser.temp_pos_embed[0]
+    assert torch.allclose(args[0], changed[1].transpose(0, 1) + positions, atol=1e-5)
 
 
 def test_items_of_one_length_go_together(clips: LatteModel, seen: Statistics) -> None:
@@ -78,15 +106,15 @@ def test_replaying_gives_what_was_sampled(clips: LatteModel, seen: Statistics) -
     recorded = record(clips, seen)
     for handle in handles:
         handle.remove()
-    replay = Replay(clips.denoiser, recorded, find_blocks(clips.linears()), torch.device("cpu"))
+    replay = Replay(clips.denoiser, recorded, list(recorded.templates), torch.device("cpu"))
     for name, kept in outputs.items():
         replay.enter(name)
         assert torch.allclose(replay.targets[0].flatten(0, 1), torch.cat(kept), atol=1e-4)
 
 
 def test_a_linear_alone_whose_outputs_differ_in_length_is_refused(clips: LatteModel, seen: Statistics) -> None:
-    recorded, blocks = record(clips, seen), find_blocks(clips.linears())
-    replay = Replay(clips.denoiser, recorded, blocks, torch.device("cpu"))
+    recorded = record(clips, seen)
+    replay = Replay(clips.denoiser, recorded, list(recorded.templates), torch.device("cpu"))
     block = replay.enter(SPATIAL)
     read, returned = replay.inside(block, SPATIAL, replay.exact, block.ff.net[2])
     assert len(read) == len(returned) == recorded.count

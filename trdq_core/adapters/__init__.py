@@ -11,9 +11,9 @@ from trdq_core.sampling import SampledModel
 def load_adapter(name: str, folder: Path | None) -> SampledModel:
     """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong."""
     if folder is None:
-        from trdq_core.adapters.random_dit import RandomDiT
+        from trdq_core.adapters import random_dit, random_pixart
 
-        return RandomDiT(name)
+        return random_pixart.RandomPixArt(name) if name in random_pixart.LAYERS else random_dit.RandomDiT(name)
     shown = name if name != str(folder) else None
     from trdq_core.adapters import generic, latte, pixart
     from trdq_core.adapters.folder import check_folder
@@ -30,10 +30,12 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
     """The linears of a model from its configuration alone: no weights are read."""
     if folder is None:
-        from trdq_core.adapters.random_dit import build
+        from trdq_core.adapters import random_dit, random_pixart
         from trdq_core.adapters.roles import find_linears
 
-        return find_linears(build(device="meta"))
+        if name in random_pixart.LAYERS:
+            return find_linears(random_pixart.build(random_pixart.LAYERS[name], device="meta"))
+        return find_linears(random_dit.build(device="meta"))
     from trdq_core.adapters.placement import layers_from_config
 
     return layers_from_config(folder)

@@ -25,7 +25,7 @@ class Family(NamedTuple):
     scale: float = 1.0
     flipped: bool = False
     layout: GuidanceLayout = "joint"
-    video: bool = False
+    fps: float | None = None  # of the clips it was trained on; None where it makes pictures
 
 
 FAMILIES: Mapping[str, Family] = {
@@ -40,11 +40,11 @@ FAMILIES: Mapping[str, Family] = {
     "CogView4Transformer2DModel": Family("CogView4", layout="two_calls"),
     "QwenImageTransformer2DModel": Family("Qwen-Image", scale=1000, layout="two_calls"),
     "ZImageTransformer2DModel": Family("Z-Image", scale=1000, flipped=True, layout="joint_reversed"),
-    "LatteTransformer3DModel": Family("Latte", video=True),
-    "CogVideoXTransformer3DModel": Family("CogVideoX", video=True),
-    "WanTransformer3DModel": Family("Wan 2.1, Wan 2.2 with one transformer", layout="two_calls", video=True),
-    "LTXVideoTransformer3DModel": Family("LTX-Video", video=True),
-    "HunyuanVideoTransformer3DModel": Family("HunyuanVideo", layout="two_calls", video=True),
+    "LatteTransformer3DModel": Family("Latte", fps=8),
+    "CogVideoXTransformer3DModel": Family("CogVideoX", fps=8),
+    "WanTransformer3DModel": Family("Wan 2.1, Wan 2.2 with one transformer", layout="two_calls", fps=16),
+    "LTXVideoTransformer3DModel": Family("LTX-Video", fps=25),
+    "HunyuanVideoTransformer3DModel": Family("HunyuanVideo", layout="two_calls", fps=15),
 }
 
 # Settings of a pipeline's call, set wherever it has them: text is not cleaned by packages that may be absent, and the size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -30,8 +31,9 @@ from trdq_core.adapters.stock_call import (
 from trdq_core.adapters.stock_run import StockRun
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
-from trdq_core.sampling import Conditioning, OnStep
+from trdq_core.sampling import ClipShape, Conditioning, OnStep
 from trdq_core.timegroups import TimeArgument
+from trdq_core.video_files import FPS
 
 
 class TransformerModel(PipelineModel):
@@ -159,16 +161,32 @@ class TransformerModel(PipelineModel):
             config, generator = self.denoiser.config, torch.Generator().manual_seed(seed)
             shape = (1, config.in_channels, config.sample_size, config.sample_size)
             return torch.randn(shape, generator=generator).to(self.device, self.dtype)
-        drawn: list[Tensor] = []
+        return self._draw(seed)[0]
+
+    def _draw(self, seed: int) -> tuple[Tensor, dict[str, Any]]:
+        """The latents that the pipeline draws, and the arguments it draws them with."""
+        drawn: list[tuple[Tensor, dict[str, Any]]] = []
 
         def prepared(*args: Any, **kwargs: Any) -> None:
-            latents = before(*args, **kwargs)
-            drawn.append(latents[0] if isinstance(latents, tuple) else latents)
+            made = before(*args, **kwargs)
+            arguments = inspect.signature(before).bind(*args, **kwargs).arguments
+            drawn.append((made[0] if isinstance(made, tuple) else made, arguments))
             raise Halt
 
         with replaced(self.pipeline, "prepare_latents", prepared) as before, suppress(Halt):
             self._run(self._prompts.any(), None, steps=1, guidance=1.0, seed=seed)
         return drawn[0]
+
+    @property
+    def clip(self) -> ClipShape | None:  # type: ignore[override]
+        """Frames and pixels of its clips, None where it makes pictures."""
+        if not {"num_frames", "video_length"} & set(self._run.taken):
+            return None
+        if "clip" not in self._found:
+            told, family = self._draw(0)[1], family_of(self.denoiser)
+            fps = (family.fps if family is not None else None) or FPS
+            self._found["clip"] = ClipShape(told["num_frames"], told["height"], told["width"], fps)
+        return self._found["clip"]
 
     @torch.no_grad()
     def denoise(

@@ -153,7 +153,7 @@ def traced_inputs(denoiser: nn.Module, run: Callable[[], object], layers: Sequen
     """The layers with leaders as one real call shows them: linears of one block that were handed the very same tensor.
 
     Blocks that all read one tensor, the text for instance, keep transforms of their own: their weights differ too much.
-    Linears that the call never reaches get the role "other": nothing would be known of their inputs.
+    Linears that the call never reaches get the role "uncalled": nothing would be known of their inputs.
     """
     groups: dict[str, int] = {}
     alive: list[_Read] = []
@@ -182,7 +182,7 @@ def traced_inputs(denoiser: nn.Module, run: Callable[[], object], layers: Sequen
     found = []
     for layer in layers:
         if layer.name not in groups:
-            found.append(layer._replace(role="other", leader=layer.name))
+            found.append(layer._replace(role="uncalled", leader=layer.name))
             continue
         found.append(layer._replace(leader=leaders.setdefault(groups[layer.name], layer.name)))
     return tuple(found)

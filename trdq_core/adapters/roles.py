@@ -15,7 +15,7 @@ from trdq_core.plan import LayerInfo
 
 # A block is one of a numbered list: "transformer_blocks.3". What stands before the number tells space, time and text.
 _BLOCK = re.compile(r"^(?P<stack>(?:[^.\d][^.]*\.)+)\d+\.(?P<inside>.+)$")
-_EMBED = re.compile(r"emb(ed|_|\b)|caption_projection|patchif|(^|\.)(\w+_in|\w*time\w*|proj_in|pooler)(\.|$)")
+_EMBED = re.compile(r"emb(ed|_|\b)|caption_projection|patchif|(^|\.)(\w+_in|\w*time\w*|proj_in)(\.|$)")
 _MODULATION = re.compile(
     r"norm\w*\.linear(_1)?$|(adaln_single|time_embed)\.linear$|ada_?ln_?mod|modulation|(^|_)mod(\.|$)", re.IGNORECASE
 )
@@ -38,6 +38,10 @@ _LEAVES = (
     ("out", re.compile(r"^(to_out(\.0)?|out|wo|o|o_proj|out_proj|proj_out|proj|c_proj|merge)$")),
 )
 _FEED_FORWARD = re.compile(r"(^|_)(ff|ffn|mlp|feed_?forward)(_|$|\d)")
+# Blocks that hand one tensor to attention and feed-forward. Others look alike but put theirs together anew (HunyuanVideo).
+_ONE_INPUT = ("FluxSingleTransformerBlock",)
+# Modules that hand the weights of their linears to a function of torch and never call them.
+_WEIGHTS_ONLY = ("HunyuanDiTAttentionPool",)
 _IN_AND_OUT = {"proj_mlp": "mlp_in", "linear1": "fused_in", "proj_out": "fused_out", "linear2": "fused_out"}
 
 
@@ -52,7 +56,12 @@ def find_linears(denoiser: nn.Module) -> tuple[LayerInfo, ...]:
     """Every linear of `denoiser` with role, widths, and the leader of its input: the first linear that reads it."""
     linears = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
     crossing = {name for name, module in denoiser.named_modules() if _is_cross(name, module)}
-    places = place(linears, crossing)
+    uncalled = [name for name, module in denoiser.named_modules() if type(module).__name__ in _WEIGHTS_ONLY]
+    single_stream = [name for name, module in denoiser.named_modules() if type(module).__name__ in _ONE_INPUT]
+    places = place(linears, crossing, single_stream)
+    for name in linears:
+        if name.rpartition(".")[0] in uncalled:
+            places[name] = _Place("uncalled", name)
     leaders: dict[str, str] = {}
     for name in linears:
         leaders.setdefault(places[name].reads, name)
@@ -62,8 +71,11 @@ def find_linears(denoiser: nn.Module) -> tuple[LayerInfo, ...]:
     )
 
 
-def place(linears: Mapping[str, nn.Linear], crossing: Iterable[str] = ()) -> dict[str, _Place]:
-    """The place of every linear; `crossing` names the modules that are cross-attentions."""
+def place(
+    linears: Mapping[str, nn.Linear], crossing: Iterable[str] = (), single_stream: Iterable[str] = ()
+) -> dict[str, _Place]:
+    """The place of every linear. `crossing` names the modules that are cross-attentions, `single_stream` the blocks whose
+    attention and feed-forward read one tensor."""
     families: dict[str, list[str]] = {}
     for name in linears:
         families.setdefault(_family(name), []).append(name)
@@ -75,12 +87,11 @@ def place(linears: Mapping[str, nn.Linear], crossing: Iterable[str] = ()) -> dic
             found |= _attention(family, kinds, leaves, family in set(crossing))
         elif _BLOCK.match(f"{family}.") and len(members) > 1 and _FEED_FORWARD.search(_last_word(family)):
             found |= _feed_forward(family, members, linears)
-    single = {name.rpartition(".")[0] for name in linears if name.endswith(".proj_mlp")}
     for name in linears:
-        block = next((one for one in single if name.startswith(f"{one}.")), None)
+        block = next((one for one in single_stream if name.startswith(f"{one}.")), None)
         one = found.get(name) or _Place(role_of(name), name)
         if block is not None and one.role in ("mlp_in", "self_q", "self_k", "self_v", "fused_in"):
-            one = one._replace(reads=f"{block}:in")  # single-stream blocks: attention and feed-forward side by side
+            one = one._replace(reads=f"{block}:in")
         found[name] = _outranked(name, one)
     return found
 

@@ -27,8 +27,9 @@ from trdq_core.evaluation.references import (
 )
 from trdq_core.evaluation.scores import Scores
 from trdq_core.outputs import Output, output_fields
+from trdq_core.peers.convert import PeerConversion
 from trdq_core.session import Session, changes, convert_for, statistics_for
-from trdq_core.specs import Recipe
+from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
 NOISE_FLOOR = "fp-again"
@@ -60,7 +61,7 @@ def evaluate(session: Session, report: dict[str, Any]) -> None:
     if NOISE_FLOOR not in rows:
         session.stage("sample", "Sampling the reference again for the noise floor", NOISE_FLOOR)
         _finish(session, report, NOISE_FLOOR, {"kind": "noise_floor", "label": "again"}, references, model.denoiser)
-    statistics = statistics_for(session, report) if any(recipe.quantized for recipe in left) else None
+    statistics = statistics_for(session, report) if any(recipe.fitted for recipe in left) else None
     started = time.monotonic()
     for index, recipe in enumerate(left):
         words = _position(len(recipes) - len(left) + index + 1, len(recipes), index, len(left), started)
@@ -79,7 +80,8 @@ def _go_on(session: Session, report: dict[str, Any]) -> None:
     try:
         before = json.loads((session.folder.path / "report.json").read_text())
         same = (
-            before["spec"] == report["spec"] and before["evaluation"]["reference"] == report["evaluation"]["reference"]
+            RunSpec.from_dict(before["spec"]) == session.spec
+            and before["evaluation"]["reference"] == report["evaluation"]["reference"]
         )
         rows = {name: row for name, row in before["recipes"].items() if row["kind"] != "failed"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -125,15 +127,15 @@ def _evaluate_recipe(
         **_names(recipe),
         "kind": "quantized" if recipe.quantized else "shared",
         "fit_seconds": round(time.monotonic() - started, 2),
-        "calibration_seconds": report["calibration"]["seconds"] if recipe.quantized else None,
+        "calibration_seconds": report["calibration"]["seconds"] if recipe.fitted else None,
         **_facts(session, conversion),
     }
     session.stage("sample", f"Sampling {recipe.name}, {words}", recipe.name)
     _finish(session, report, recipe.name, row, references, conversion.denoiser)
 
 
-def _facts(session: Session, conversion: Conversion) -> dict[str, Any]:
-    """What is known of a conversion; one that only shares attention has the reference's weights."""
+def _facts(session: Session, conversion: Conversion | PeerConversion) -> dict[str, Any]:
+    """What is known of a conversion; one that quantizes nothing has the reference's weights."""
     facts = conversion.facts()
     if conversion.recipe.quantized:
         return facts

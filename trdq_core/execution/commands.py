@@ -19,7 +19,7 @@ def calibrate(session: Session, report: dict[str, Any]) -> None:
     """Statistics, stored for later runs; for each recipe given also its fit."""
     statistics = statistics_for(session, report)
     for recipe in session.spec.recipes:
-        if recipe.quantized:
+        if recipe.fitted:
             started = time.monotonic()
             facts = convert_for(session, recipe, statistics).facts()
             report["recipes"][recipe.name] = {
@@ -37,7 +37,7 @@ def sample_prompts(session: Session, report: dict[str, Any]) -> None:
         samples = sample_all(session, REFERENCE, session.model.denoiser)
         report["recipes"][REFERENCE] = {"kind": "reference", "label": report["reference"]["label"], **samples.row()}
         return
-    conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
+    conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.fitted else None)
     samples = sample_all(session, recipe.name, conversion.denoiser)
     report["recipes"][recipe.name] = changed_row(session, conversion, samples)
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 from trdq_core.convert import Conversion
-from trdq_core.errors import RecipeError
+from trdq_core.errors import PeerError, RecipeError
 from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, changed_row, fp_bytes, quality
 from trdq_core.execution.samples import sample_all
 from trdq_core.execution.timing import time_steps
-from trdq_core.session import Session, changes, convert_for, statistics_for
+from trdq_core.peers.convert import PeerConversion
+from trdq_core.session import Session, changes, convert_for, failed_row, statistics_for
+from trdq_core.specs import Recipe
+from trdq_core.statistics import Statistics
 
 
 def compare(session: Session, report: dict[str, Any]) -> None:
@@ -21,17 +25,31 @@ def compare(session: Session, report: dict[str, Any]) -> None:
     quantized = [recipe for recipe in changed if recipe.quantized]
     session.conditionings = session.model.encode(spec.prompts)
     _references(session, report, fp_bytes(session, quantized))
-    statistics = statistics_for(session, report) if quantized else None
-    conversions: dict[str, Conversion] = {}
+    statistics = statistics_for(session, report) if any(recipe.fitted for recipe in changed) else None
+    conversions: dict[str, Conversion | PeerConversion] = {}
     for recipe in changed:
-        conversion = convert_for(session, recipe, statistics)
-        session.stage("sample", f"Sampling {recipe.name}", recipe.name)
-        samples = sample_all(session, recipe.name, conversion.denoiser)
-        rows[recipe.name] = {**changed_row(session, conversion, samples), **quality(session, samples)}
-        conversions[recipe.name] = conversion
-        session.folder.emit({"kind": "result", "recipe": recipe.name, "metrics": dict(rows[recipe.name])})
+        try:
+            conversions[recipe.name], row = _column(session, report, recipe, statistics)
+        except PeerError as error:
+            row = failed_row(session, error)
+        rows[recipe.name] = row
+        session.folder.emit({"kind": "result", "recipe": recipe.name, "metrics": dict(row)})
         session.folder.write_report(report)
     time_steps(session, report, conversions)
+
+
+def _column(
+    session: Session, report: dict[str, Any], recipe: Recipe, statistics: Statistics | None
+) -> tuple[Conversion | PeerConversion, dict[str, Any]]:
+    """One recipe, or another tool in its place: converted, sampled and compared with the reference."""
+    started = time.monotonic()
+    conversion = convert_for(session, recipe, statistics)
+    seconds = {"fit_seconds": round(time.monotonic() - started, 2)}
+    if recipe.fitted:
+        seconds["calibration_seconds"] = report["calibration"]["seconds"]
+    session.stage("sample", f"Sampling {recipe.name}", recipe.name)
+    samples = sample_all(session, recipe.name, conversion.denoiser)
+    return conversion, {**seconds, **changed_row(session, conversion, samples), **quality(session, samples)}
 
 
 def _references(session: Session, report: dict[str, Any], weights: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ from trdq_core import metrics
 from trdq_core.convert import Conversion
 from trdq_core.execution.samples import Samples
 from trdq_core.nn.modules import module_bytes
+from trdq_core.peers.convert import PeerConversion
 from trdq_core.plan import rule_for
 from trdq_core.session import Session
 from trdq_core.specs import Recipe
@@ -19,18 +20,20 @@ from trdq_core.specs import Recipe
 REFERENCE, NOISE_FLOOR = "fp", "fp-again"
 
 
-def changed_row(session: Session, conversion: Conversion, samples: Samples) -> dict[str, Any]:
+def changed_row(session: Session, conversion: Conversion | PeerConversion, samples: Samples) -> dict[str, Any]:
     """Facts and measurements of a recipe; a simulated one has no times, since they are those of no kernel."""
     facts = facts_of(session, conversion)
     times = {"end_to_end_ms": None} if facts["simulated"] else {}
     return {**facts, **samples.row(), **times}
 
 
-def facts_of(session: Session, conversion: Conversion) -> dict[str, Any]:
+def facts_of(session: Session, conversion: Conversion | PeerConversion) -> dict[str, Any]:
     """The kind of a row and the facts of its conversion; without quantization its layers weigh what the reference's do."""
-    if conversion.recipe.quantized:
+    if conversion.recipe.fitted:
         return {"kind": "quantized", **conversion.facts()}
     quantized = [recipe for recipe in session.spec.recipes if recipe.quantized]
+    if isinstance(conversion, PeerConversion):
+        return {**fp_bytes(session, quantized), **conversion.facts()}
     return {"kind": "shared", **conversion.facts(), **fp_bytes(session, quantized)}
 
 
@@ -44,6 +47,7 @@ def fp_bytes(session: Session, recipes: list[Recipe]) -> dict[str, Any]:
         "weight_bytes": weight_bytes,
         "fp_weight_bytes": weight_bytes,
         "resident_bytes": module_bytes(session.model.denoiser),
+        "file_bytes": module_bytes(session.model.denoiser),
         "disk_bytes": 0,
         "effective_bits": float(8 * size),
         "kernels": {f"{str(session.model.dtype).removeprefix('torch.')} linear": len(counted or layers)},

@@ -38,6 +38,7 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     try:
         COMMANDS[spec.command](session, report)
     finally:
+        report["clip"] = clip_facts(session.outputs.clip)  # some models' size shows only in what was decoded
         folder.write_report(report)
     return report
 
@@ -62,7 +63,7 @@ def _header(session: Session) -> dict[str, Any]:
         },
         "spec": spec.to_dict(),
         "kernel_backend": dispatch.describe(model.device),
-        "clip": clip_facts(model),
+        "clip": clip_facts(model.clip),
         "calibration": None,
         "prompts": list(spec.prompts),
         "recipes": {},

@@ -8,12 +8,16 @@ from typing import Any
 
 from trdq_core import branches, profiling
 from trdq_core.convert import Conversion
+from trdq_core.errors import PeerError
 from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, facts_of, fp_bytes
+from trdq_core.peers.convert import PeerConversion
 from trdq_core.sampling import sample
-from trdq_core.session import Session, changes, convert_for, statistics_for
+from trdq_core.session import Session, changes, convert_for, failed_row, statistics_for
 
 
-def time_steps(session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion]) -> None:
+def time_steps(
+    session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion | PeerConversion]
+) -> None:
     """Latency of one denoiser call, all variants interleaved on the same recorded inputs."""
     spec, model = session.spec, session.model
     session.stage("measure", "Timing one denoiser step, all columns in turn")
@@ -53,13 +57,20 @@ def profile(session: Session, report: dict[str, Any]) -> None:
         "label": report["reference"]["label"],
         **fp_bytes(session, quantized),
     }
-    conversions = {}
-    statistics = statistics_for(session, report) if quantized else None
+    conversions: dict[str, Conversion | PeerConversion] = {}
+    statistics = statistics_for(session, report) if any(recipe.fitted for recipe in changed) else None
     for recipe in changed:
-        conversions[recipe.name] = convert_for(session, recipe, statistics)
-        report["recipes"][recipe.name] = facts_of(session, conversions[recipe.name])
+        started = time.perf_counter()
+        try:
+            conversions[recipe.name] = convert_for(session, recipe, statistics)
+            seconds = {"fit_seconds": round(time.perf_counter() - started, 2)}
+            report["recipes"][recipe.name] = {**seconds, **facts_of(session, conversions[recipe.name])}
+        except PeerError as error:
+            report["recipes"][recipe.name] = failed_row(session, error)
     time_steps(session, report, conversions)
     for name, row in report["recipes"].items():
+        if row["kind"] == "failed":
+            continue
         denoiser = conversions[name].denoiser if name in conversions else model.denoiser
         profiling.reset_peak_memory()
         with model.using(denoiser):

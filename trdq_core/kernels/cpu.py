@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trdq_core.errors import BackendUnavailable
+from trdq_core.errors import BackendUnavailable, ShapeError
 from trdq_core.kernels import calls, native, operators, torch_eager
 from trdq_core.kernels.native import unavailable_reason
-from trdq_core.kernels.packing import pack_weight, unpack_weight
+from trdq_core.kernels.packing import in_rows, pack_weight, unpack_weight
 from trdq_core.kernels.types import (
     NO_STAGES,
     InputStages,
@@ -69,7 +69,7 @@ def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor |
     """(tokens, out_features) float32 from levels and packed weight; see `reference.linear` for the formula."""
     check_product(activation.values, weight, bias)
     _check_cpu(activation.values)
-    _check_cpu(weight.data)
+    _check_panels(weight)
     if not fits_panels(weight.in_features, weight.group_size):  # such sizes run right, only slower
         return torch_eager.linear(activation, weight, bias)
     if torch.compiler.is_compiling():
@@ -93,7 +93,7 @@ def linear_from_float(
     check_bits(bits)
     rows = _rows(x, stages)
     check_product(rows, weight, bias)
-    _check_cpu(weight.data)
+    _check_panels(weight)
     if torch.compiler.is_compiling():
         grid = (None, None) if static is None else static
         return operators.linear_from_float(rows, *stages, bits, symmetric, *grid, clip, *weight, bias)
@@ -114,3 +114,11 @@ def _rows(x: Tensor, stages: InputStages) -> Tensor:
 def _check_cpu(tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise BackendUnavailable(f'the backend "cpp" takes CPU tensors, got one on {tensor.device}; use "torch" there.')
+
+
+def _check_panels(weight: PackedWeight) -> None:
+    _check_cpu(weight.data)
+    if in_rows(weight):
+        raise ShapeError(
+            "the weight lies in rows, which the GPU kernels read; pass it through packing.to_panels first."
+        )

@@ -14,9 +14,13 @@ Values = Mapping[str, Tensor]
 
 
 class Slot(NamedTuple):
-    """Where a tensor stands in a call."""
+    """Where a tensor stands in a call. With `moved`, parts and tokens have changed places, as a block across frames reads what
+    a block within frames left: (items, parts, tokens, channels) as (items * tokens, parts, channels). `offset` is the key of a
+    constant (parts, channels) that was added then, the positions of the frames for instance."""
 
     key: str
+    moved: bool = False
+    offset: str | None = None
 
 
 class BatchSize(NamedTuple):
@@ -101,8 +105,11 @@ class RecordedCalls:
             tensor = (stored[items] if constant is None else constant).to(device)
             if slot.key in self.lengths:
                 tensor = tensor[..., : int(self.lengths[slot.key][items[0]]), :]
+            tensor = tensor.transpose(1, 2) if slot.moved else tensor
             if slot.key in self.parted:
                 tensor = tensor.flatten(0, 1)
+            if slot.offset is not None:
+                tensor = tensor + self.constants[slot.offset].to(device)
             return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
         template = self.templates[name]

@@ -27,7 +27,8 @@ class CallRecorder:
     """Hooks on a denoiser that keep the calls of some of its modules, as long as `wanted` is set.
 
     Outputs are not kept. Where one of `walked`, the modules that will be replayed in order, hands its output to the next, as
-    blocks hand on the hidden states, the slot of the next carries its key. So depth costs no memory.
+    blocks hand on the hidden states, the slot of the next carries its key. So depth costs no memory. That holds for a video
+    model too, which rearranges them in between, so that blocks within frames and across frames take turns.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class CallRecorder:
         self._items: list[tuple[float, int, int]] = []  # timestep, prompt, branch
         self._seen: dict[int, tuple[Tensor, str]] = {}  # by id; holding the tensors keeps the ids from being used again
         self._parted: set[str] = set()
+        self._left: tuple[Tensor, str] | None = None  # by the walked module before, in this call of the denoiser
         self._batch = 0
         self._recording = False
 
@@ -58,7 +60,7 @@ class CallRecorder:
         finally:
             for handle in handles:
                 handle.remove()
-            self._seen = {}
+            self._seen, self._left = {}, None
 
     @property
     def bytes_per_call(self) -> int:
@@ -91,7 +93,7 @@ class CallRecorder:
 
     def _begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         self._recording = self.wanted()
-        self._seen = {}
+        self._seen, self._left = {}, None
         if self._recording:
             self._batch = len(tensors_of((args, kwargs))[0])
             timestep = self._argument.value(args, kwargs)
@@ -102,7 +104,7 @@ class CallRecorder:
             if not self._recording:
                 return
             rows = self._rows_of(tensors_of((args, kwargs)))
-            slots = map_leaves((args, kwargs), Tensor, lambda tensor: Slot(self._key(name, tensor, rows)))
+            slots = map_leaves((args, kwargs), Tensor, lambda tensor: self._slot(name, tensor, rows))
             if isinstance(kwargs.get("batch_size"), int):
                 slots[1]["batch_size"] = BatchSize()
             returned = []
@@ -110,6 +112,7 @@ class CallRecorder:
                 key = self._seen.setdefault(id(tensor), (tensor, f"{name}/{index}"))[1]
                 self._parted |= {key} if len(tensor) == rows > self._batch else set()
                 returned.append(key)
+                self._left = (tensor, key) if index == 0 else self._left
             template = CallTemplate(*slots, tuple(returned))
             if self._templates.setdefault(name, template) != template:
                 raise CalibrationError(
@@ -124,14 +127,37 @@ class CallRecorder:
         rows = tensors[0].shape[0] if tensors and tensors[0].dim() else 0
         return rows if rows % self._batch == 0 else 0
 
-    def _key(self, name: str, tensor: Tensor, rows: int) -> str:
-        """The key of an argument; a tensor that was not seen in this call of the denoiser is kept under a new one."""
+    def _slot(self, name: str, tensor: Tensor, rows: int) -> Slot:
+        """Where an argument stands; a tensor that was not seen in this call of the denoiser is kept under a new key."""
         if id(tensor) in self._seen:
-            return self._seen[id(tensor)][1]
+            return Slot(self._seen[id(tensor)][1])
+        if (moved := self._moved(name, tensor)) is not None:
+            return moved
         key = f"{name}#{sum(1 for _, known in self._seen.values() if known.startswith(f'{name}#'))}"
         self._seen[id(tensor)] = (tensor, key)
         self._keep(key, tensor.detach(), rows)
-        return key
+        return Slot(key)
+
+    def _moved(self, name: str, tensor: Tensor) -> Slot | None:
+        """The slot of what the walked module before left, if `tensor` is that with parts and tokens changed, but for a sum
+        that is the same for all items and tokens."""
+        left, key = self._left or (None, "")
+        if left is None or key not in self._parted or left.numel() != tensor.numel() or tensor.dim() != 3:
+            return None
+        turned = left.detach().unflatten(0, (self._batch, -1)).transpose(1, 2)
+        seen = tensor.detach().unflatten(0, (self._batch, -1))
+        if seen.shape != turned.shape:
+            return None
+        gap = (seen - turned).float()
+        if not gap.any():
+            return Slot(key, moved=True)
+        offset, name = gap.mean((0, 1)).cpu(), f"{name}#offset"
+        tolerance = 16 * torch.finfo(tensor.dtype).eps * float(seen.abs().max())
+        kept = self._constants.get(name, offset)
+        if float((gap - kept.to(gap.device)).abs().max()) > tolerance:
+            return None
+        self._constants[name] = kept
+        return Slot(key, moved=True, offset=name)
 
     def _keep(self, key: str, tensor: Tensor, rows: int) -> None:
         leading = tensor.shape[0] if tensor.dim() else 0

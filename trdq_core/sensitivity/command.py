@@ -36,7 +36,7 @@ def sensitivity(session: Session, report: dict[str, Any]) -> None:
 def _check(spec: RunSpec) -> None:
     if not spec.prompts or not spec.bits:
         raise RecipeError("sensitivity: it takes at least one prompt and one bit-width; give --prompts and --bits.")
-    if len(spec.recipes) != len(spec.bits) or not all(recipe.quantized for recipe in spec.recipes):
+    if len(spec.recipes) != len(spec.bits) or not all(recipe.fitted for recipe in spec.recipes):
         raise RecipeError(
             f"sensitivity: got {len(spec.recipes)} recipes for {len(spec.bits)} bit-widths; give one quantizing recipe each."
         )

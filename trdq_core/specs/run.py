@@ -25,7 +25,7 @@ class RunSpec(Spec):
     guidance: float = 3.5
     seed: int = 0
     timing_rounds: int = 10
-    backend: Literal["reference", "torch", "cpp"] | None = None  # None: the fastest that runs here
+    backend: Literal["reference", "torch", "cpp", "triton"] | None = None  # None: the fastest that runs here
     sharing: SharingSpec | None = None  # of the attention command: the threshold and time groups to plan with
     seeds: int = 1  # of evaluate: pictures of each prompt, from seed, seed + 1000 and so on
     save_to: str | None = None  # of save: the folder to write; None: "model" in the run folder
