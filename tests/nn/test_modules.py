@@ -1,4 +1,4 @@
-"""Where the weights of a module lie in memory."""
+"""Walking and changing module trees."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from torch import nn
 from trdq_core.nn.modules import ALIGNMENT, align
 
 
-def test_weights_at_odd_addresses_are_moved_and_stay_the_same() -> None:
-    linear = nn.Linear(16, 8)
-    values, parameter = linear.weight.detach().clone(), linear.weight
-    odd = torch.empty(16 * 8 + 1)[1:].view(8, 16).copy_(values)
-    linear.weight.data = odd
-    linear.register_buffer("table", torch.arange(10.0)[3:])
-    assert linear.weight.data_ptr() % ALIGNMENT
-    bias = linear.bias.data_ptr()
+def test_tensors_from_anywhere_in_a_file_begin_where_vectors_do() -> None:
+    stored = torch.arange(100, dtype=torch.float32)
+    linear = nn.Linear(4, 4)
+    linear.weight.data, linear.bias.data = stored[1:17].view(4, 4), stored[17:21]
+    linear.register_buffer("table", stored[33:40])
+    kept = [linear.weight, linear.bias, linear.table]
+    expected = [tensor.detach().clone() for tensor in kept]
+    assert all(tensor.data_ptr() % ALIGNMENT for tensor in kept)
     align(linear)
-    assert not linear.weight.data_ptr() % ALIGNMENT and not linear.table.data_ptr() % ALIGNMENT
-    assert linear.weight is parameter and torch.equal(linear.weight, values)
-    assert torch.equal(linear.table, torch.arange(3.0, 10.0))
-    assert linear.bias.data_ptr() == bias
+    assert all(a is b for a, b in zip([linear.weight, linear.bias, linear.table], kept, strict=True))
+    assert not any(tensor.data_ptr() % ALIGNMENT for tensor in kept)
+    assert all(torch.equal(a, b) for a, b in zip(kept, expected, strict=True))

@@ -59,6 +59,7 @@ class PipelineModel:
                 part.requires_grad_(False).eval()
         align(self.pipeline.transformer)  # so that it gives the same bits from whatever file it came
         self.denoiser: nn.Module = self.pipeline.transformer
+        align(self.denoiser)
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the transformer with its role."""

@@ -160,6 +160,7 @@ class TRDQQuantizer(DiffusersQuantizer):
         check_contents(self._checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        align(model)
         if self.pre_quantized:
             assert self._checkpoint is not None  # as above
             manifest = self._checkpoint.manifest
