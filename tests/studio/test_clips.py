@@ -204,7 +204,7 @@ def test_a_video_model_shares_within_frames(studio: Studio, moving: Form, form: 
 def test_the_sidebar_follows_the_model() -> None:
     with gr.Blocks():
         controls = sidebar.build([("pocket-image", "pocket-image"), ("pocket-video", "pocket-video")])
-    video = sidebar.of_model(controls, "pocket-video", "video", "red apple")
+    video = sidebar.of_model(controls, "pocket-video", "video", "watermelon")
     assert video[controls.prompt].value == "whale"
     assert ["turtle"] in video[controls.examples].samples
     timed = sidebar.of_model(controls, "random-dit", "speed", "whale")
