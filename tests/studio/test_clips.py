@@ -205,12 +205,12 @@ def test_the_sidebar_follows_the_model() -> None:
     with gr.Blocks():
         controls = sidebar.build([("pocket-image", "pocket-image"), ("pocket-video", "pocket-video")])
     video = sidebar.of_model(controls, "pocket-video", "video", "watermelon")
-    assert video[controls.prompt].value == "whale"
-    assert ["turtle"] in video[controls.examples].samples
+    assert video[controls.prompt]["value"] == "whale"
+    assert ["turtle"] in video[controls.examples]["samples"]
     timed = sidebar.of_model(controls, "random-dit", "speed", "whale")
     hidden = (controls.prompt, controls.examples, controls.extra_prompts)
-    assert not any(timed[part].visible for part in hidden), "random weights draw nothing"
-    assert all(video[part].visible for part in hidden)
+    assert not any(timed[part]["visible"] for part in hidden), "random weights draw nothing"
+    assert all(video[part]["visible"] for part in hidden)
 
 
 def test_ticks_are_round_and_hold_every_value() -> None:
