@@ -173,9 +173,9 @@ def of_model(controls: Controls, model: str, kind: str, prompt: Any) -> dict[Any
     """The updates that a newly chosen model asks for: its own prompts, and none where random weights draw nothing."""
     drawn = kind != "speed"
     return {
-        controls.prompt: gr.Textbox(prompts.kept(model, str(prompt or "")), visible=drawn),
-        controls.examples: gr.Dataset(samples=[[text] for text in prompts.examples(model)], visible=drawn),
-        controls.extra_prompts: gr.Slider(visible=drawn),
+        controls.prompt: gr.update(value=prompts.kept(model, str(prompt or "")), visible=drawn),
+        controls.examples: gr.update(samples=[[text] for text in prompts.examples(model)], visible=drawn),
+        controls.extra_prompts: gr.update(visible=drawn),
     }
 
 
