@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trdq_core.kernels import dispatch
-from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivation, StaticGrid
+from trdq_core.kernels.types import Epilogue, InputStages, PackedWeight, Prologue, QuantizedActivation, StaticGrid
 from trdq_core.nn.buffers import keep_dtypes
 from trdq_core.nn.input_grid import InputGrid, stacked
 from trdq_core.timegroups import TimeContext
@@ -112,15 +112,26 @@ class InputQuantizer(nn.Module):
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Quantize x (..., channels) and multiply at once, without the low-rank part: (..., out_features) in x's dtype."""
-        return dispatch.linear_from_float(
+        return self.linears(x, [(weight, bias)])
+
+    def linears(
+        self,
+        x: Tensor,
+        weights: Sequence[tuple[PackedWeight, Tensor | None]],
+        prologue: Prologue | None = None,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
+        """The same for weights with biases that read one input: their outputs side by side."""
+        return dispatch.linears_from_float(
             x,
             self.stages(),
-            weight,
-            bias,
+            weights,
             self.bits,
             self.symmetric,
             self._static(),
             self._clip(),
+            prologue=prologue,
+            epilogue=epilogue,
             backend=self.backend,
         )
 

@@ -13,7 +13,7 @@ namespace {
 
 enum Status : int { kOk = 0, kBadArgument = 1, kNoMemory = 2 };
 
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 3;
 // 255 * 255 * depth must stay under 2^31: the exact integer result of one output.
 constexpr int64_t kMaxDepth = 33000;
 // One activation block plus one weight panel should share a second-level cache of 1 MiB or more.
@@ -55,7 +55,15 @@ const PanelOps& panel_ops() {
   return portable::kPanelOps;
 }
 
-thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch;
+const HeadOps& head_ops() {
+#ifdef TRDQ_X86
+  if (path() == kAvx512Vnni) return avx512::kHeadOps;
+  if (path() == kAvx2) return avx2::kHeadOps;
+#endif
+  return portable::kHeadOps;
+}
+
+thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch, head_scratch;
 
 int team(int threads, int64_t work, int64_t grain, int64_t tasks) {
   const int64_t useful = std::min<int64_t>({threads, tasks, 1 + work / grain});
