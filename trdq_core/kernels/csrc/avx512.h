@@ -198,8 +198,19 @@ TRDQ_INLINE void finish(const PanelTask& task, int64_t row, const __m512i (&acc)
   }
 }
 
+// Of what will be added to a tile: 256 bytes a row, at a stride that the hardware does not foresee. They arrive while the
+// products are summed.
+template <int kRows>
+TRDQ_INLINE void fetch_added(const PanelTask& task, int64_t row) {
+  const float* added = task.residual.added + (task.residual.first_row + row) * task.residual.ld_added;
+  for (int r = 0; r < kRows; r++, added += task.residual.ld_added) {
+    for (int j = 0; j < 4; j++) _mm_prefetch(reinterpret_cast<const char*>(added + 16 * j), _MM_HINT_T0);
+  }
+}
+
 template <int kRows>
 TRDQ_AVX512 inline void product_tile(const PanelTask& task, int64_t row) {
+  if (task.residual.added != nullptr) fetch_added<kRows>(task, row);
   __m512i acc[kRows][4];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; r++) {
