@@ -188,6 +188,7 @@ def apply_attention(denoiser: nn.Module, grids: Mapping[str, AttentionGrids], ti
     `time` has to follow the denoiser's timestep; its own groups need not be those of the grids.
     """
     processors = {}
+    time.followed = time.followed or any(grid.groups.count > 1 for grid in grids.values())
     for name, grid in grids.items():
         attention = denoiser.get_submodule(name)
         check_products(name, attention)

@@ -11,16 +11,16 @@ from typing import Any
 from torch import nn
 
 from trdq_core.attention_products import QuantizedProducts
-from trdq_core.errors import CalibrationError
+from trdq_core.errors import CalibrationError, ModelError, RecipeError
 from trdq_core.events import OnEvent, Progress, ignore
-from trdq_core.fitting import FittedInput, fit_input
+from trdq_core.fitting import FittedInput, FittedSet, fit_input
 from trdq_core.kernels import dispatch
 from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.input_grid import Range
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import module_bytes, replace_module, share_copy
-from trdq_core.nn.switched import SwitchedSets, set_buffers, write_sets
+from trdq_core.nn.switched import SwitchedSets, keep_first_set, set_buffers, write_sets
 from trdq_core.passes import NO_PASSES, ModelPasses, RangeRequest
 from trdq_core.plan import InputGroup, LayerInfo, group_inputs
 from trdq_core.scale_search import OutputSamples
@@ -28,6 +28,8 @@ from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.transforms.base import InputTransform
+from trdq_core.weights.rounding import quantize_weight
 
 
 @dataclass
@@ -44,6 +46,16 @@ class Conversion:
     attention: QuantizedProducts | None = None
     reconstruction: dict[str, Any] | None = None
     fused: dict[str, int] = field(default_factory=dict)  # how many attentions, feed-forwards and blocks run fused
+    layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
+    argument: str = "timestep"  # of the denoiser's forward, that time groups follow
+    calibration: str | None = None  # fingerprint of the statistics it was fitted to
+
+    def __post_init__(self) -> None:
+        self.denoiser.trdq_conversion = self  # what saving a model finds again
+        self.denoiser.load_lora_adapter = refuse_lora  # in place of what diffusers would try
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
+        return self  # copies of a denoiser share its weights, and files that are mapped cannot be copied
 
     def quantized_layers(self) -> dict[str, QuantizedLinear]:
         """The quantized linears by name."""
@@ -90,6 +102,14 @@ class Conversion:
         }
 
 
+def refuse_lora(*_: object, **__: object) -> None:
+    """What loading a LoRA onto a quantized denoiser does."""
+    raise ModelError(
+        "LoRA: this model is quantized, and adapters need its full-precision weights; load the LoRA onto the original "
+        "pipeline, call fuse_lora() and unload_lora_weights(), then quantize."
+    )
+
+
 def _chains(fits: Sequence[FittedInput]) -> dict[str, int]:
     """How many inputs ended with which transforms."""
     counted: dict[str, int] = {}
@@ -112,16 +132,20 @@ def convert(
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
     passes: ModelPasses = NO_PASSES,
+    in_place: bool = False,
 ) -> Conversion:
-    """A quantized copy of `denoiser`; the original is untouched. Time groups follow its `argument` from then on.
+    """A quantized copy of `denoiser`; the original is untouched, unless `in_place`. Time groups follow its `argument` from
+    then on.
 
     `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
     attention products. CalibrationError names the one that a recipe needs and does not find.
     """
     groups = groups_of(recipe, statistics)
     time = TimeContext(groups, (min(statistics.timesteps), max(statistics.timesteps)))
-    copy = share_copy(denoiser)
-    conversion = Conversion(copy, recipe, time)
+    copy = denoiser if in_place else share_copy(denoiser)
+    conversion = Conversion(
+        copy, recipe, time, layers=tuple(layers), argument=argument, calibration=statistics.about.get("fingerprint")
+    )
     steps_of_sets = set_steps(recipe, statistics)
     inputs = group_inputs(layers, recipe)
     curvature = _curvature(inputs, passes)
@@ -149,8 +173,7 @@ def convert(
         conversion.fitted.append(_without_weights(fitted))
     if recipe.storage == "switched" and len(steps_of_sets) > 1:
         _switch(conversion, storage_folder, statistics)
-    if backend == "cpp":
-        conversion.fused = fuse(copy)
+    conversion.fused = fuse(copy)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
     if recipe.attention is not None:
@@ -165,7 +188,61 @@ def convert_sharing_only(
     """A full-precision copy that only shares attention: nothing is fitted, so it takes no statistics."""
     assert recipe.sharing is not None and not recipe.quantized  # the caller asked for nothing else
     copy, time, sharing = shared_copy(denoiser, layers, recipe.sharing, argument=argument)
-    return Conversion(copy, recipe, time, sharing=sharing)
+    return Conversion(copy, recipe, time, sharing=sharing, layers=tuple(layers), argument=argument)
+
+
+def convert_without_data(
+    denoiser: nn.Module,
+    layers: Sequence[LayerInfo],
+    recipe: Recipe,
+    *,
+    backend: dispatch.Backend,
+    argument: str = "timestep",
+) -> Conversion:
+    """Quantize `denoiser` itself, no copy, with a recipe that takes no calibration; its weights are let go one by one.
+
+    RecipeError names what the recipe would have to be calibrated for. The bits are those that `convert` gives.
+    """
+    reason = needs_data(recipe)
+    if reason is not None:
+        raise RecipeError(
+            f"{recipe.name}: {reason}, so it has to be calibrated; run python -m trdq_core save --model MODEL --recipe "
+            f"{recipe.name} and load the folder it writes, give the calibration, or use a recipe such as rtn-w8a8."
+        )
+    conversion = Conversion(denoiser, recipe, TimeContext(TimeGroups()), layers=tuple(layers), argument=argument)
+    for group in group_inputs(layers, recipe):
+        spec, activation = group.rule.weight, group.rule.activation
+        assert spec is not None  # groups only hold quantized layers
+        weights = {
+            layer.name: quantize_weight(_linear(denoiser, layer.name).weight.detach().double(), spec, layer=layer.name)
+            for layer in group.layers
+        }
+        one = FittedSet(InputTransform(), weights, clip=1.0 if activation is None else activation.clip)
+        fitted = FittedInput(group, (one,), (), 0.0, 0.0, True)
+        _install(conversion, fitted, denoiser, backend, ())
+        conversion.fitted.append(_without_weights(fitted))
+    conversion.fused = fuse(denoiser)
+    if recipe.sharing is not None:
+        conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)
+    conversion.time.attach(denoiser, argument)
+    return conversion
+
+
+def needs_data(recipe: Recipe) -> str | None:
+    """What a recipe cannot be fitted for without a calibration, None if weights are all it looks at."""
+    if recipe.attention is not None:
+        return "its attention products have static grids"
+    for rule in recipe.rules:
+        activation = rule.activation
+        if any(rule.chains):
+            return "its transforms are fitted to activations"
+        if rule.low_rank is not None or rule.rounding != "nearest" or (rule.weight and rule.weight.range == "output"):
+            return "its weights are fitted to activations"
+        if activation is not None and not activation.dynamic:
+            return "its activation ranges are static"
+        if activation is not None and activation.range == "mse":
+            return "its clipping of activations is searched"
+    return None
 
 
 def groups_of(recipe: Recipe, statistics: Statistics) -> TimeGroups:
@@ -276,11 +353,7 @@ def _switch(conversion: Conversion, folder: Path, statistics: Statistics) -> Non
     ).hexdigest()
     file = folder / f"{conversion.recipe.name}-{digest[:12]}.safetensors"
     write_sets(file, sets)
-    for module in modules.values():
-        for name, buffer in set_buffers(module).items():
-            module._buffers[name] = buffer[:1].clone()
-        module.sets = 1
-        module.refresh()
+    keep_first_set(modules.values())
     conversion.switched = SwitchedSets(file, modules)
     conversion.time.on_change(conversion.switched.activate)
     conversion.switched.activate(conversion.time.group)

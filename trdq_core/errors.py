@@ -18,6 +18,10 @@ class ModelError(TRDQError, ValueError):
     """A model folder is missing, damaged, foreign or of a kind that is not supported."""
 
 
+class CheckpointError(ModelError):
+    """A saved quantized model is damaged, newer than this version, or not what its description says."""
+
+
 class CalibrationError(TRDQError, ValueError):
     """Statistics are missing, damaged, or belong to another model or schedule."""
 

@@ -63,6 +63,7 @@ def apply_sharing(denoiser: nn.Module, layers: Iterable[LayerInfo], spec: Sharin
         )
     if not spec.active:
         return Sharing(spec, {})
+    time.followed = True
     processors, reusing, memory = {}, {}, StepMemory(time)
     for block in wanted:
         attention = denoiser.get_submodule(names[block])

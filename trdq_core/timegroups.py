@@ -6,7 +6,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -106,13 +107,31 @@ class TimeContext:
         self.groups = groups
         self.timestep = 0.0
         self.group = 0
+        self.followed = False  # whether something reads `timestep` itself, with time groups of its own
+        self._follows = True
         self._listeners: list[Callable[[int], None]] = []
-        self._calibrated = calibrated
+        self.calibrated = calibrated
         self._warned = False
 
     def on_change(self, listener: Callable[[int], None]) -> None:
         """Call `listener(group)` whenever sampling enters another group."""
         self._listeners.append(listener)
+
+    @contextmanager
+    def held(self, timestep: float) -> Iterator[None]:
+        """Stay at `timestep`, whatever the denoiser is called with: one time group, one graph of torch.compile."""
+        before = self._follows
+        self.set(timestep)
+        self._follows = False
+        try:
+            yield
+        finally:
+            self._follows = before
+
+    @property
+    def constant(self) -> bool:
+        """Whether nothing depends on the timestep: one group, and nobody who asks for more than its number."""
+        return self.groups.count == 1 and not self._listeners and not self.followed
 
     def set(self, timestep: float) -> None:
         """Move to `timestep`; leaving the calibrated range by more than a fiftieth of the axis warns once."""
@@ -128,14 +147,20 @@ class TimeContext:
         """Follow the `argument` of each forward call of `denoiser`. The handle removes the hook."""
 
         def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-            self.set(timestep_value(kwargs[argument]))
+            # Reading a tensor's value ends a graph of torch.compile, so it is left out where nothing depends on it.
+            if self._follows and not (torch.compiler.is_compiling() and self.constant):
+                self._follow(kwargs[argument])
 
         return denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
 
+    @torch.compiler.disable
+    def _follow(self, timestep: torch.Tensor | float) -> None:
+        self.set(timestep_value(timestep))
+
     def _check_range(self, timestep: float) -> None:
-        if self._calibrated is None or self._warned:
+        if self.calibrated is None or self._warned:
             return
-        low, high = self._calibrated
+        low, high = self.calibrated
         slack = TIME_SPAN / 50
         if not low - slack <= timestep <= high + slack:
             self._warned = True

@@ -8,7 +8,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from trdq_core.errors import StorageError
+
 _Module = TypeVar("_Module", bound=nn.Module)
+
+
+def check_in_memory(buffer: Tensor | None) -> None:
+    """StorageError if a buffer was offloaded and nobody brought it back: a kernel would read where there is nothing."""
+    if buffer is not None and buffer.is_meta:
+        raise StorageError(
+            "offloading: a quantized layer was asked for its weights while they were offloaded, as attention sharing does; "
+            "use enable_model_cpu_offload instead of sequential offloading."
+        )
 
 
 def keep_dtypes(module: _Module, fn: Callable[[Tensor], Tensor]) -> _Module:

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from trdq_core.kernels import dispatch
 from trdq_core.kernels.types import Epilogue, InputStages, PackedWeight, Prologue, QuantizedActivation, StaticGrid
-from trdq_core.nn.buffers import keep_dtypes
+from trdq_core.nn.buffers import check_in_memory, keep_dtypes
 from trdq_core.nn.input_grid import InputGrid, stacked
 from trdq_core.timegroups import TimeContext
 from trdq_core.transforms.base import InputTransform
@@ -68,6 +68,7 @@ class InputQuantizer(nn.Module):
         self.file_bytes = sum(buffer.nbytes for buffer in self.buffers())
         self._stages: list[InputStages] | None = None
         self._last: tuple[Any, ...] | None = None
+        self._traced: tuple[Any, ...] | None = None
 
     @property
     def bits(self) -> int:
@@ -84,8 +85,18 @@ class InputQuantizer(nn.Module):
         """Which of the resident sets the present time group uses."""
         return self.time.group if self.sets > 1 else 0
 
-    def forward(self, x: Tensor) -> QuantizedInput:
-        """x (..., channels) as integers (tokens, channels) with scale and zero point for each token."""
+    def forward(
+        self, x: Tensor, weight: PackedWeight | None = None, bias: Tensor | None = None
+    ) -> QuantizedInput | tuple[Tensor, Tensor | None]:
+        """x (..., channels) as integers (tokens, channels) with scale and zero point for each token.
+
+        With a weight: what `linear` and `low_rank_product` give. Layers come through here, not to those by name, because
+        offloading brings buffers in when a module is called.
+        """
+        if weight is not None:
+            return self.linear(x, weight, bias), self.low_rank_product(x)
+        if torch.compiler.is_compiling():
+            return self._traced_result(x)
         # Inference tensors carry no version, so a change in place could not be seen: they are never remembered.
         remember = self.readers > 1 and not x.is_inference()
         key = (x._version if remember else -1, self.time.group)
@@ -97,6 +108,20 @@ class InputQuantizer(nn.Module):
                 return result
         result = self.quantize(x)
         self._last = (weakref.ref(x), key, result, 1) if remember else None
+        return result
+
+    def _traced_result(self, x: Tensor) -> QuantizedInput:
+        """What `forward` gives, in a graph: weak references and versions cannot be traced, but one tensor is one node.
+
+        The last reader lets go here too, so a graph of a whole attention neither repeats the work nor returns it.
+        """
+        if self.readers == 1:
+            return self.quantize(x)
+        if self._traced is not None and self._traced[0] is x:
+            result, uses = self._traced[1], self._traced[2] + 1
+        else:
+            result, uses = self.quantize(x), 1
+        self._traced = (x, result, uses) if uses < self.readers else None
         return result
 
     def quantize(self, x: Tensor) -> QuantizedInput:
@@ -144,9 +169,12 @@ class InputQuantizer(nn.Module):
 
     def stages(self) -> InputStages:
         """The transform of the present time group, as the kernels take it."""
-        if self._stages is None:
-            self._stages = [self._stage(i) for i in range(self.sets)]
-        stages = self._stages[self.set_index]
+        if torch.compiler.is_compiling():  # nothing that a graph made is kept outside of it
+            stages = self._stage(self.set_index)
+        else:
+            if self._stages is None:
+                self._stages = [self._stage(i) for i in range(self.sets)]
+            stages = self._stages[self.set_index]
         if stages.rotation is None and stages.second_rotation is None:
             return stages
         # Widened at each call: a kept fp32 copy would double what rotations cost in memory.
@@ -168,14 +196,21 @@ class InputQuantizer(nn.Module):
 
     def refresh(self) -> None:
         """Forget what was derived from the buffers; call it after their contents changed."""
-        self._stages, self._last = None, None
+        self._stages, self._last, self._traced = None, None, None
 
     def _stage(self, index: int) -> InputStages:
         parts = {name: getattr(self, name) for name in _STACKED}
+        for part in parts.values():
+            check_in_memory(part)
         return InputStages(
             hadamard_block=self.hadamard_block,
             **{name: None if part is None else part[index] for name, part in parts.items()},
         )
+
+    def fit_backend(self, device: torch.device) -> None:
+        """Take the fastest backend of the device that the weights are on, if the present one cannot run there."""
+        if device.type not in ("cpu", "meta") and self.backend == "cpp":
+            self.backend = dispatch.select_backend(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:
         self.refresh()

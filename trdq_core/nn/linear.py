@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from trdq_core.kernels import dispatch
 from trdq_core.kernels.types import PackedWeight
-from trdq_core.nn.buffers import keep_dtypes
+from trdq_core.nn.buffers import check_in_memory, keep_dtypes
 from trdq_core.nn.input_quantizer import InputQuantizer, QuantizedInput
 from trdq_core.nn.stored_weights import (
     CODED_FIELDS,
@@ -75,8 +75,7 @@ class QuantizedLinear(nn.Module):
         if not self.integer or quantizer.readers > 1:
             return self.product(quantizer(x), x)
         # Nobody else needs the integers: one call into the kernels instead of two.
-        y = quantizer.linear(x, self.packed_weight(), self.bias)
-        return self._with_low_rank(y, quantizer.low_rank_product(x))
+        return self._with_low_rank(*quantizer(x, self.packed_weight(), self.bias))
 
     def product(self, seen: QuantizedInput, x: Tensor) -> Tensor:
         """The output for an input that is quantized already: (..., out_features) with the leading sizes and dtype of x."""
@@ -96,6 +95,8 @@ class QuantizedLinear(nn.Module):
 
     def packed_weight(self) -> PackedWeight:
         """The weight of the present time group, as the integer kernels read it."""
+        if torch.compiler.is_compiling():  # nothing that a graph made is kept outside of it
+            return self._slice(self._index())
         if self._packed is None:
             self._packed = [self._slice(i) for i in range(self.sets)]
         return self._packed[self._index()]
@@ -103,11 +104,15 @@ class QuantizedLinear(nn.Module):
     def dense_weight(self) -> Tensor:
         """The weight (out, in) fp32 of the present time group, of a layer that multiplies in floating point."""
         index = self._index()
-        if index not in self._dense:
-            buffers = {name: getattr(self, name) for name in ("codes", *CODED_FIELDS)}
-            assert self._like is not None  # only layers without integer kernels come here
-            self._dense[index] = dense_weight(buffers, index, self._like)
-        return self._dense[index]
+        if index in self._dense:
+            return self._dense[index]
+        buffers = {name: getattr(self, name) for name in ("codes", *CODED_FIELDS)}
+        assert self._like is not None  # only layers without integer kernels come here
+        check_in_memory(self.codes)
+        dense = dense_weight(buffers, index, self._like)
+        if not torch.compiler.is_compiling():
+            self._dense[index] = dense
+        return dense
 
     @property
     def kernel(self) -> str:
@@ -139,6 +144,7 @@ class QuantizedLinear(nn.Module):
         self._packed, self._dense = None, {}
 
     def _slice(self, index: int) -> PackedWeight:
+        check_in_memory(self.qweight)
         parts = {field: getattr(self, name) for name, field in PACKED_FIELDS.items()}
         return PackedWeight(
             **{field: None if part is None else part[index] for field, part in parts.items()},
@@ -150,7 +156,13 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
         self.refresh()
-        return keep_dtypes(self, fn)
+        moved = keep_dtypes(self, fn)
+        self.fit_backend()
+        return moved
+
+    def fit_backend(self) -> None:
+        """Let the input go through kernels of the device that the weight is on."""
+        self.input_quantizer.fit_backend((self.qweight if self.integer else self.codes).device)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, sets={self.sets}, kernel={self.kernel}"

@@ -6,9 +6,10 @@ The exact time-grouped method at the memory of one set; sampling downwards throu
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,38 +22,70 @@ from trdq_core.nn.linear import QuantizedLinear
 Buffers = Mapping[str, Mapping[str, Tensor]]  # module name -> buffer name -> (1, ...) tensor of one set
 
 
-class SwitchedSets:
-    """Swaps the buffers of quantized layers when sampling enters another time group."""
+SetName = Callable[[int, str], str]  # group and "module.buffer" to the name of the stored tensor
 
-    def __init__(self, file: Path, modules: Mapping[str, nn.Module]) -> None:
-        self.file = file
+
+def numbered(group: int, name: str) -> str:
+    """The names of a file that holds nothing but sets: "0.blocks.1.attn1.to_q.qweight"."""
+    return f"{group}.{name}"
+
+
+class SwitchedSets:
+    """Swaps the buffers of quantized layers when sampling enters another time group.
+
+    The sets stand in one file or in the shards of a checkpoint, memory-mapped; `name` tells what a tensor is called there.
+    """
+
+    def __init__(
+        self, files: Path | Sequence[Path], modules: Mapping[str, nn.Module], name: SetName = numbered
+    ) -> None:
+        self.files = (files,) if isinstance(files, Path) else tuple(files)
         self.active = 0
         self.swap_seconds: list[float] = []
+        self.modules = dict(modules)
+        self._name = name
+        # Names, not tensors: moving a model to another device puts new tensors in the place of its buffers.
         self._targets = {
-            f"{name}.{key}": (module, buffer)
-            for name, module in modules.items()
-            for key, buffer in set_buffers(module).items()
+            f"{prefix}.{key}": (module, key) for prefix, module in modules.items() for key in set_buffers(module)
         }
-        try:
-            self._stored = safe_open(file, "pt")
-        except (OSError, SafetensorError) as error:
-            raise CalibrationError(
-                f"{file.name}: the switched sets cannot be read ({error}); convert again."
-            ) from error
+        self._stored: dict[str, Any] = {}
+        for file in self.files:
+            try:
+                handle = safe_open(file, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CalibrationError(
+                    f"{file.name}: the switched sets cannot be read ({error}); convert again."
+                ) from error
+            self._stored.update(dict.fromkeys(handle.keys(), handle))
 
     @property
     def nbytes(self) -> int:
-        """Size of the file with all sets."""
-        return self.file.stat().st_size
+        """Size of the files with all sets."""
+        return sum(file.stat().st_size for file in self.files)
+
+    def names(self) -> list[str]:
+        """The swapped buffers as "module.buffer"."""
+        return list(self._targets)
+
+    def tensor(self, group: int, name: str) -> Tensor:
+        """One buffer (1, ...) of one set, read from its file."""
+        stored = self._name(group, name)
+        return self._stored[stored].get_tensor(stored)
 
     def activate(self, group: int) -> None:
         """Copy the set of `group` into the layers' buffers; nothing is allocated and nothing moves."""
         if group == self.active:
             return
         started = time.perf_counter()
-        for key, (_, buffer) in self._targets.items():
-            buffer.copy_(self._stored.get_tensor(f"{group}.{key}"))
-        for module in {id(module): module for module, _ in self._targets.values()}.values():
+        for name, (module, key) in self._targets.items():
+            buffer = module._buffers[key]
+            if buffer is None or buffer.is_meta:
+                raise StorageError(
+                    f"{name}: switched sets need their layers in memory, and this one was offloaded with its buffers; "
+                    'use enable_model_cpu_offload, or a recipe with storage "resident".'
+                )
+            buffer.copy_(self.tensor(group, name))
+        for module in self.modules.values():
             module.refresh()
         self.active = group
         self.swap_seconds.append(time.perf_counter() - started)
@@ -84,3 +117,12 @@ def write_sets(file: Path, sets: Sequence[Buffers]) -> None:
         raise StorageError(
             f"{file.name}: the switched sets could not be written ({error}); free some disk space."
         ) from error
+
+
+def keep_first_set(modules: Iterable[nn.Module]) -> None:
+    """Leave only the first of their resident sets in the layers' buffers."""
+    for module in modules:
+        for name, buffer in set_buffers(module).items():
+            module._buffers[name] = buffer[:1].clone()
+        module.sets = 1
+        module.refresh()

@@ -15,7 +15,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Codes (any shape) below 2^bits as uint8 (ceil(numel * bits / 8),), lowest bit first, the last byte filled with zeros."""
     _check_bits(bits)
     flat = codes.reshape(-1).to(torch.int64)
-    if flat.numel() and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
+    if flat.numel() and not flat.is_meta and (int(flat.min()) < 0 or int(flat.max()) >= 2**bits):
         raise ShapeError(f"codes: got {int(flat.min())}..{int(flat.max())}; {bits} bits hold 0..{2**bits - 1}.")
     per_word, word_bytes = _word(bits)
     words = functional.pad(flat, (0, -flat.numel() % per_word)).view(-1, per_word)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import types
 import typing
@@ -35,7 +36,7 @@ class Spec:
         """The specification in `data`; RecipeError names every key that is not a field, and any value of a wrong type."""
         if not isinstance(data, Mapping):
             raise RecipeError(f"{cls.__name__}: expected a JSON object, got {type(data).__name__}.")
-        hints = typing.get_type_hints(cls)
+        hints = _hints(cls)
         unknown = sorted(set(data) - set(hints))
         if unknown:
             raise RecipeError(
@@ -53,6 +54,11 @@ class Spec:
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise RecipeError(f"{cls.__name__}: not JSON ({error.msg} at line {error.lineno}).") from error
+
+
+@functools.cache  # tables of thousands of entries are read, and resolving annotations is slow
+def _hints(cls: type[Spec]) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
 
 
 def _decode(hint: Any, value: Any, where: str) -> Any:
