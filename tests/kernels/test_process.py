@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from tests.kernels.cases import generator, make_stages, make_weight
-from trdq_core.kernels import build
+from trdq_core.kernels import build, native
 from trdq_core.kernels.types import Epilogue, Prologue
 
 ROOT = Path(__file__).parents[2]
@@ -74,10 +75,11 @@ def test_ten_thousand_calls_leak_nothing(cpp: ModuleType) -> None:
 
 
 def test_threads_are_those_of_torch(cpp: ModuleType) -> None:
-    """One OpenMP runtime in the process: a second one would bring a second pool, and both would want every core."""
-    lines = Path("/proc/self/maps").read_text().splitlines()
-    runtimes = {Path(line.split()[-1]).name for line in lines if "omp" in line.rpartition("/")[2] and ".so" in line}
-    assert len(runtimes) == 1
+    """Both libraries call one OpenMP runtime: a second one would bring a second pool, and both would want every core."""
+    own = native.load().functions
+    theirs = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+    addresses = {ctypes.cast(library.omp_get_thread_num, ctypes.c_void_p).value for library in (own, theirs)}
+    assert len(addresses) == 1
     torch.set_num_threads(2)
     calls(cpp, 3)
     count = psutil.Process().num_threads()

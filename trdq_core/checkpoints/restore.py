@@ -18,8 +18,8 @@ from trdq_core.checkpoints.manifest import InputEntry, Manifest
 from trdq_core.convert import Conversion
 from trdq_core.errors import CheckpointError, TRDQError
 from trdq_core.kernels import dispatch
-from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.fused_block import fuse
+from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import replace_module

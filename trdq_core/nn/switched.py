@@ -1,23 +1,27 @@
 """Switched storage: the sets of all time groups in one memory-mapped file, only the active one in memory.
 
-The exact time-grouped method at the memory of one set; sampling downwards through K groups costs K - 1 swaps.
+The exact time-grouped method at the memory of one set; sampling downwards through K groups costs K - 1 swaps. On a CPU a swap
+exchanges pointers: the layers' buffers become views of the mapped file, whose pages a thread has read while the group before
+was at work. So at most one extra set is in memory, as clean pages that the system may take back; those of the set that was
+left are given back at once. On other devices the set is copied into the buffers.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trdq_core.errors import CalibrationError, StorageError
+from trdq_core.errors import StorageError
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.nn.mapped_sets import MappedFiles, Reader
 
 Buffers = Mapping[str, Mapping[str, Tensor]]  # module name -> buffer name -> (1, ...) tensor of one set
 
@@ -40,7 +44,7 @@ class SwitchedSets:
         self, files: Path | Sequence[Path], modules: Mapping[str, nn.Module], name: SetName = numbered
     ) -> None:
         self.files = (files,) if isinstance(files, Path) else tuple(files)
-        self.active = 0
+        self.active = self._ahead = 0
         self.swap_seconds: list[float] = []
         self.modules = dict(modules)
         self._name = name
@@ -48,15 +52,11 @@ class SwitchedSets:
         self._targets = {
             f"{prefix}.{key}": (module, key) for prefix, module in modules.items() for key in set_buffers(module)
         }
-        self._stored: dict[str, Any] = {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CalibrationError(
-                    f"{file.name}: the switched sets cannot be read ({error}); convert again."
-                ) from error
-            self._stored.update(dict.fromkeys(handle.keys(), handle))
+        self._stored = MappedFiles(self.files)
+        self._reader = Reader(self._stored)
+        first = next(iter(self._targets), None)
+        self.count = 0 if first is None else _sets_of(first, self._stored.places, name)
+        self._prefetch()
 
     @property
     def nbytes(self) -> int:
@@ -69,14 +69,14 @@ class SwitchedSets:
 
     def tensor(self, group: int, name: str) -> Tensor:
         """One buffer (1, ...) of one set, read from its file."""
-        stored = self._name(group, name)
-        return self._stored[stored].get_tensor(stored)
+        return self._stored.tensor(self._name(group, name))
 
     def activate(self, group: int) -> None:
-        """Copy the set of `group` into the layers' buffers; nothing is allocated and nothing moves."""
+        """Put the set of `group` in the place of the layers' buffers, and have the next one read."""
         if group == self.active:
             return
         started = time.perf_counter()
+        self._reader.wait()
         for name, (module, key) in self._targets.items():
             buffer = module._buffers[key]
             if buffer is None or buffer.is_meta:
@@ -84,11 +84,35 @@ class SwitchedSets:
                     f"{name}: switched sets need their layers in memory, and this one was offloaded with its buffers; "
                     'use enable_model_cpu_offload, or a recipe with storage "resident".'
                 )
-            buffer.copy_(self.tensor(group, name))
+            if buffer.device.type == "cpu":
+                module._buffers[key] = self.tensor(group, name)
+            else:
+                buffer.copy_(self.tensor(group, name))
         for module in self.modules.values():
             module.refresh()
+        stale = {self.active, self._ahead} - {group}
         self.active = group
+        self._prefetch(stale)
         self.swap_seconds.append(time.perf_counter() - started)
+
+    def _names(self, group: int) -> list[str]:
+        return [self._name(group, name) for name in self._targets]
+
+    def _prefetch(self, stale: Iterable[int] = ()) -> None:
+        """Read the set below the active one, or the topmost for the next run: timesteps fall while a model samples. The pages
+        of `stale` sets go.
+        """
+        if self.count > 1:
+            self._ahead = (self.active - 1) % self.count
+            for group in stale:
+                if group != self._ahead:
+                    self._stored.release(self._names(group))
+            self._reader.begin(self._names(self._ahead))
+
+
+def _sets_of(target: str, places: Mapping[str, object], name: SetName) -> int:
+    """How many sets hold a tensor for this target."""
+    return next(group for group in itertools.count() if name(group, target) not in places)
 
 
 def set_buffers(module: nn.Module) -> dict[str, Tensor]:
