@@ -41,7 +41,7 @@ DEFAULT_RECIPES = {
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 CALIBRATION_PROMPTS = 16
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "trace")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -194,6 +194,8 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="N",
             help=f"timed forward passes (default {RunSpec.timing_rounds})",
         )
+    if command == "profile":
+        add("--trace", metavar="FILE", help="write one step of each recipe as a Chrome trace, its name in the file's")
     if command == "evaluate":
         add("--seeds", type=int, metavar="N", help=f"pictures of each prompt (default {RunSpec.seeds})")
         add("--bits", metavar="A,B", help=f"for recipes named without bits (default {','.join(DEFAULT_BITS)})")

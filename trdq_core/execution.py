@@ -31,6 +31,7 @@ from trdq_core.sensitivity.command import sensitivity
 from trdq_core.session import Session, changes, convert_for, statistics_for
 from trdq_core.similarity import measure_similarity
 from trdq_core.specs import Recipe, RunSpec
+from trdq_core.step_profile.command import decode_ms, memory_of, profile_steps
 
 REPORT_VERSION = 1
 PREVIEW_EVERY = 2  # steps between two previews of the first prompt
@@ -278,8 +279,8 @@ def _spread(values: list[float]) -> float | None:
     return float(np.std(finite, ddof=1)) if len(finite) > 1 else None
 
 
-def _time_steps(session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion]) -> None:
-    """Latency of one denoiser call, all variants interleaved on the same recorded inputs."""
+def _time_steps(session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion]) -> dict[str, Any]:
+    """Latency of one denoiser call, all variants interleaved on the same recorded inputs, which are given back."""
     spec, model = session.spec, session.model
     session.stage("measure", "Timing one denoiser step, all columns in turn")
     calls = profiling.record_inputs(
@@ -302,6 +303,7 @@ def _time_steps(session: Session, report: dict[str, Any], conversions: Mapping[s
     for row in report["recipes"].values():
         if row["simulated"]:
             row["step_ms"] = None
+    return middle
 
 
 def _profile(session: Session, report: dict[str, Any]) -> None:
@@ -323,14 +325,20 @@ def _profile(session: Session, report: dict[str, Any]) -> None:
     for recipe in changed:
         conversions[recipe.name] = convert_for(session, recipe, statistics)
         report["recipes"][recipe.name] = _facts(session, conversions[recipe.name])
-    _time_steps(session, report, conversions)
+    call = _time_steps(session, report, conversions)
+    denoisers = {REFERENCE: model.denoiser, **{name: c.denoiser for name, c in conversions.items()}}
+    session.folder.write_report(report)
+    profile_steps(session, report, denoisers, call)
     for name, row in report["recipes"].items():
-        denoiser = conversions[name].denoiser if name in conversions else model.denoiser
+        denoiser = denoisers[name]
         profiling.reset_peak_memory()
         with model.using(denoiser):
             run = sample(model, session.conditionings[0], spec.seed, steps=spec.steps, guidance=spec.guidance)
         row["peak_rss_bytes"] = profiling.peak_rss_bytes()
         row["denoise_ms"] = None if row["simulated"] else round(1000 * run.seconds, 3)
+        row["memory"] = memory_of(row, report["recipes"][REFERENCE])
+        if name == REFERENCE:
+            report["decode_ms"] = decode_ms(session, run)
         conversion = conversions.get(name)
         if conversion is not None and conversion.switched is not None:
             row["swap_ms"] = profiling.summary([1000 * s for s in conversion.switched.swap_seconds] or [0.0])

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 from trdq_core.errors import BackendUnavailable
 from trdq_core.kernels import build, selftest
 
-ABI_VERSION = 3  # 3: structures, prologues, residuals, attention
+ABI_VERSION = 4  # 4: times of the phases
 Path = Literal["portable", "avx2", "avx512-vnni"]
 PATHS: tuple[Path, ...] = get_args(Path)  # in the order of the library's own numbers
 
@@ -22,6 +22,9 @@ _SIGNATURES = {
     "trdq_linear": [*[c_void_p] * 4, c_int64, c_void_p, c_int],
     "trdq_linears_from_float": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
     "trdq_attend": [c_void_p, c_int],
+    "trdq_measure": [c_int],
+    "trdq_phases": [c_void_p],
+    "trdq_peak": [c_int, c_int64, c_int, c_void_p],
     "trdq_abi_version": [],
     "trdq_path": [],
     "trdq_limit_path": [c_int],

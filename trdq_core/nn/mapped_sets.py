@@ -6,7 +6,7 @@ import json
 import mmap
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -101,16 +101,15 @@ class MappedFiles:
 
 
 class Reader:
-    """Touches tensors in a thread of its own, one request at a time."""
+    """Does work on mapped files in a thread of its own, one piece at a time."""
 
-    def __init__(self, files: MappedFiles) -> None:
-        self._files = files
+    def __init__(self) -> None:
         self._thread: threading.Thread | None = None
 
-    def begin(self, names: Sequence[str]) -> None:
-        """Start to bring some tensors in, after what is under way."""
+    def begin(self, work: Callable[[], None]) -> None:
+        """Start some work, after what is under way."""
         self.wait()
-        self._thread = threading.Thread(target=self._files.touch, args=(names,), name="trdq-reader", daemon=True)
+        self._thread = threading.Thread(target=work, name="trdq-reader", daemon=True)
         self._thread.start()
 
     def wait(self) -> None:

@@ -53,7 +53,8 @@ class SwitchedSets:
             f"{prefix}.{key}": (module, key) for prefix, module in modules.items() for key in set_buffers(module)
         }
         self._stored = MappedFiles(self.files)
-        self._reader = Reader(self._stored)
+        self._reader = Reader()
+        self._views: list[Tensor] = []  # of the set that was read ahead
         first = next(iter(self._targets), None)
         self.count = 0 if first is None else _sets_of(first, self._stored.places, name)
         self._prefetch()
@@ -77,7 +78,8 @@ class SwitchedSets:
             return
         started = time.perf_counter()
         self._reader.wait()
-        for name, (module, key) in self._targets.items():
+        views = self._views if self._ahead == group and self._views else self._look_up(group)
+        for (name, (module, key)), view in zip(self._targets.items(), views, strict=True):
             buffer = module._buffers[key]
             if buffer is None or buffer.is_meta:
                 raise StorageError(
@@ -85,9 +87,9 @@ class SwitchedSets:
                     'use enable_model_cpu_offload, or a recipe with storage "resident".'
                 )
             if buffer.device.type == "cpu":
-                module._buffers[key] = self.tensor(group, name)
+                module._buffers[key] = view
             else:
-                buffer.copy_(self.tensor(group, name))
+                buffer.copy_(view)
         for module in self.modules.values():
             module.refresh()
         stale = {self.active, self._ahead} - {group}
@@ -95,19 +97,29 @@ class SwitchedSets:
         self._prefetch(stale)
         self.swap_seconds.append(time.perf_counter() - started)
 
-    def _names(self, group: int) -> list[str]:
-        return [self._name(group, name) for name in self._targets]
+    def _look_up(self, group: int) -> list[Tensor]:
+        """The tensors of a set in the order of the targets."""
+        return [self.tensor(group, name) for name in self._targets]
 
     def _prefetch(self, stale: Iterable[int] = ()) -> None:
         """Read the set below the active one, or the topmost for the next run: timesteps fall while a model samples. The pages
         of `stale` sets go.
         """
-        if self.count > 1:
-            self._ahead = (self.active - 1) % self.count
-            for group in stale:
-                if group != self._ahead:
-                    self._stored.release(self._names(group))
-            self._reader.begin(self._names(self._ahead))
+        if self.count < 2:
+            return
+        self._ahead, self._views = (self.active - 1) % self.count, []
+        leaving, coming = [group for group in stale if group != self._ahead], self._ahead
+
+        def work() -> None:
+            for group in leaving:
+                self._stored.release(self._names(group))
+            self._stored.touch(self._names(coming))
+            self._views = self._look_up(coming)
+
+        self._reader.begin(work)
+
+    def _names(self, group: int) -> list[str]:
+        return [self._name(group, name) for name in self._targets]
 
 
 def _sets_of(target: str, places: Mapping[str, object], name: SetName) -> int:

@@ -71,6 +71,29 @@ TRDQ_EXPORT int trdq_limit_path(int highest) {
   return trdq::kOk;
 }
 
+// From now on the phases are timed, from zero, or no longer.
+TRDQ_EXPORT int trdq_measure(int on) {
+  for (auto& time : trdq::phase_time) time = 0;
+  trdq::measuring = on != 0;
+  return trdq::kOk;
+}
+
+// Nanoseconds of each phase since then, added up over threads, in the order of `Phase`.
+TRDQ_EXPORT int trdq_phases(int64_t* nanoseconds) {
+  for (int i = 0; i < trdq::kPhases; i++) nanoseconds[i] = trdq::phase_time[i];
+  return trdq::kOk;
+}
+
+// Runs what the unit can do at most, on registers alone, in every thread; operations[0] tells how many that were: 0 where
+// there is no such loop. unit 0: float32 multiply-add, 1: 8-bit dot products.
+TRDQ_EXPORT int trdq_peak(int unit, int64_t rounds, int threads, int64_t* operations) {
+  int64_t each = 0;
+#pragma omp parallel num_threads(threads) reduction(max : each)
+  each = trdq::peak_ops().run(unit, rounds);
+  operations[0] = each * threads;
+  return trdq::kOk;
+}
+
 // y = T(x), tokens x width, contiguous.
 TRDQ_EXPORT int trdq_transform(const trdq_rows* rows, float* y, int threads) {
   const int64_t width = rows->width;

@@ -219,6 +219,7 @@ int attend(const trdq_attention& a, int threads) {
         status = kNoMemory;
         continue;
       }
+      Stopwatch watch;
       const int64_t pair = task / cuts, cut = task % cuts;
       const Head head = head_of(a, pair / a.heads, pair % a.heads);
       a.bits == 0 ? pack_head(a, head, m) : pack_head_int8(a, head, m);
@@ -226,6 +227,7 @@ int attend(const trdq_attention& a, int threads) {
         const int64_t first = block * rows, count = std::min(rows, a.rows - first);
         a.bits == 0 ? attend_rows(a, head, first, count, m) : attend_rows_int8(a, head, first, count, m);
       }
+      watch.add(kAttend);
     }
   }
   return status;

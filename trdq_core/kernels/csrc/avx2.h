@@ -206,6 +206,29 @@ TRDQ_AVX2 inline void pack_values(const float* v, int64_t ldv, int64_t keys, int
   portable::pack_values(v, ldv, keys, width, scale, panels);
 }
 
+// Twelve chains each, enough to hide the latency of the unit.
+TRDQ_AVX2 inline int64_t peak(int unit, int64_t rounds) {
+  __m256 f[12];
+  __m256i q[12];
+  const __m256 half = _mm256_set1_ps(0.5f);
+  const __m256i ones = _mm256_set1_epi16(1);
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) f[i] = half, q[i] = ones;
+  for (int64_t round = 0; round < rounds; round++) {
+    if (unit == 0) {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) f[i] = _mm256_fmadd_ps(f[i], half, half);
+    } else {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) multiply_add(q[i], ones, ones);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) asm volatile("" ::"x"(f[i]), "x"(q[i]));
+  return rounds * 12 * (unit == 0 ? 16 : 32);
+}
+
+constexpr PeakOps kPeakOps = {peak};
 constexpr HeadOps kHeadOps = {transpose, probabilities, pack_values};
 constexpr PanelOps kPanelOps = {product, unpack, product_bytes};
 

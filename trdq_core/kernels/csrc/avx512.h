@@ -266,6 +266,29 @@ TRDQ_AVX512 inline void unpack(const uint8_t* packed, const uint8_t* group_scale
 
 constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quantize, gelu,
                             modulated_norm, exponentials, multiply};
+// Twelve chains each, enough to hide the latency of the unit.
+TRDQ_AVX512 inline int64_t peak(int unit, int64_t rounds) {
+  __m512 f[12];
+  __m512i q[12];
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512i ones = _mm512_set1_epi8(1);
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) f[i] = half, q[i] = ones;
+  for (int64_t round = 0; round < rounds; round++) {
+    if (unit == 0) {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) f[i] = _mm512_fmadd_ps(f[i], half, half);
+    } else {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) dot(q[i], ones, ones);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) asm volatile("" ::"v"(f[i]), "v"(q[i]));
+  return rounds * 12 * (unit == 0 ? 32 : 128);
+}
+
+constexpr PeakOps kPeakOps = {peak};
 constexpr HeadOps kHeadOps = {transpose, probabilities, pack_values};
 constexpr PanelOps kPanelOps = {product, unpack, portable::product_bytes};
 

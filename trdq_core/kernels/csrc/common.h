@@ -78,6 +78,11 @@ struct HeadOps {
   void (*pack_values)(const float* v, int64_t ldv, int64_t keys, int64_t width, float* scale, int8_t* panels);
 };
 
+struct PeakOps {
+  // Keeps unit 0 (float32) or 1 (8 bits) busy for so many rounds; returns the operations done.
+  int64_t (*run)(int unit, int64_t rounds);
+};
+
 // One activation block times one panel of 64 columns.
 struct PanelTask {
   const uint8_t* a;  // rows x lda, lda a multiple of 4

@@ -238,6 +238,9 @@ constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quant
                             modulated_norm, exponentials, multiply};
 inline size_t product_bytes(int64_t, int64_t) { return 0; }
 
+inline int64_t peak(int, int64_t) { return 0; }
+
+constexpr PeakOps kPeakOps = {peak};
 constexpr HeadOps kHeadOps = {transpose, probabilities, pack_values};
 constexpr PanelOps kPanelOps = {product, unpack, product_bytes};
 

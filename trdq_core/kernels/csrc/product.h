@@ -104,6 +104,7 @@ int run_product(const Product& p, int threads) {
     int64_t held = -1;  // the panel whose bytes `memory` holds
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < panels * blocks; index++) {
+      Stopwatch watch;
       const int64_t panel = index / blocks, first = index % blocks * rows;
       if (!ready) {
 #pragma omp atomic write
@@ -114,6 +115,7 @@ int run_product(const Product& p, int threads) {
       if (p.bits == 4) w = held == panel ? reinterpret_cast<int8_t*>(memory) : unpack_panel(p, panel, memory);
       held = panel;
       ops.product(cut(all, first, std::min(rows, all.rows - first), panel, w, memory + panel_bytes));
+      watch.add(kMultiply);
     }
   }
   return status;

@@ -104,7 +104,7 @@ void run_prologue(const Stages& stages, const float* x, int64_t first, int64_t r
 // Returns where the transformed rows lie: x itself, a or b. a and b hold rows * width floats each. `first` is the number
 // of the tile's first row in the whole input.
 const float* transform_tile(const Stages& stages, const float* x, int64_t first, int64_t rows, int64_t width, float* a,
-                            float* b) {
+                            float* b, Stopwatch& watch) {
   const RowOps& ops = row_ops();
   const float* from = x;
   float* to = a;
@@ -115,6 +115,7 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t first,
   if (stages.prologue != kNothing) {
     run_prologue(stages, from, first, rows, width, to);
     done();
+    watch.add(kBefore);
   }
   if (stages.inverse_scale != nullptr) {
     for (int64_t r = 0; r < rows; r++) ops.scale(from + r * width, stages.inverse_scale, to + r * width, width);
@@ -138,6 +139,7 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t first,
     ops.rotate(from, to, rows, width, stages.second_rotation, gathered ? stages.permutation : nullptr);
     done();
   }
+  watch.add(kTransform);
   return from;
 }
 
@@ -175,7 +177,10 @@ int for_each_tile(Stages stages, const float* x, int64_t begin, int64_t tokens, 
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t first = tile * rows, count = std::min(rows, tokens - first);
       if (ready) {
-        sink(first, count, transform_tile(stages, x + first * width, begin + first, count, width, memory, memory + floats));
+        Stopwatch watch;
+        const float* from = x + first * width;
+        sink(first, count, transform_tile(stages, from, begin + first, count, width, memory, memory + floats, watch));
+        watch.add(kQuantize);
       } else {
 #pragma omp atomic write
         status = kNoMemory;
