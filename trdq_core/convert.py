@@ -143,9 +143,8 @@ def convert(
     groups = groups_of(recipe, statistics)
     time = TimeContext(groups, (min(statistics.timesteps), max(statistics.timesteps)))
     copy = denoiser if in_place else share_copy(denoiser)
-    conversion = Conversion(
-        copy, recipe, time, layers=tuple(layers), argument=argument, calibration=statistics.about.get("fingerprint")
-    )
+    made_of = statistics.about.get("fingerprint")
+    conversion = Conversion(copy, recipe, time, layers=tuple(layers), argument=argument, calibration=made_of)
     steps_of_sets = set_steps(recipe, statistics)
     inputs = group_inputs(layers, recipe)
     curvature = _curvature(inputs, passes)

@@ -54,5 +54,7 @@ def swap_line(report: Mapping[str, Any]) -> str | None:
     for name, facts in report["recipes"].items():
         swap, run = facts.get("swap_ms"), facts.get("denoise_ms")
         if swap and run:
-            shown.append(f"{name} {swap['n']} x {swap['median']:.2f} ms, {100 * swap['n'] * swap['median'] / run:.1f} % of a run")
+            shown.append(
+                f"{name} {swap['n']} x {swap['median']:.2f} ms, {100 * swap['n'] * swap['median'] / run:.1f} % of a run"
+            )
     return f"swaps of switched sets: {'; '.join(shown)}" if shown else None

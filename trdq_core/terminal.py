@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from trdq_core import profile_text
 from trdq_core.evaluation import tables
 from trdq_core.events import Event
 

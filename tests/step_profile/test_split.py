@@ -160,5 +160,3 @@ def test_four_memory_numbers() -> None:
     assert memory_of(row, {"resident_bytes": 12}) == {
         "weights_bytes": 3, "peak_rss_bytes": 9, "disk_bytes": 4, "full_precision_bytes": 12,
     }  # fmt: skip
-
-
