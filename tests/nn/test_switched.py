@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from tests.nn.test_linear import make
 from trdq_core.errors import CalibrationError, StorageError
+from trdq_core.nn.mapped_sets import Reader
 from trdq_core.nn.switched import SwitchedSets, set_buffers, write_sets
 
 
@@ -111,3 +113,18 @@ def test_files_cut_short_or_overwritten(tmp_path: Path, change: Callable[[bytes]
     (tmp_path / "bad.safetensors").write_bytes(change(data))
     with pytest.raises(CalibrationError, match=f"bad.safetensors.*{words}"):
         SwitchedSets(tmp_path / "bad.safetensors", {})
+
+
+def test_the_reader_outlives_a_failure_and_ends_with_its_owner() -> None:
+    """An error while reading ahead is nobody's: whoever needs the set meets it. No thread is left behind."""
+    before = set(threading.enumerate())
+    reader, seen = Reader(), []
+    reader.begin(lambda: seen.append(1 / 0))
+    reader.wait()
+    reader.begin(lambda: seen.append("read"))
+    reader.wait()
+    assert seen == ["read"]
+    (thread,) = [t for t in threading.enumerate() if t not in before]
+    del reader
+    thread.join(timeout=10)
+    assert not thread.is_alive()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -198,8 +198,19 @@ class InputQuantizer(nn.Module):
         """Forget what was derived from the buffers; call it after their contents changed."""
         self._stages, self._last, self._traced = None, None, None
 
-    def _stage(self, index: int) -> InputStages:
-        parts = {name: getattr(self, name) for name in _STACKED}
+    def prepare(self, buffers: Mapping[str, Tensor]) -> InputStages:
+        """What `take` wants beside the buffers of one set; touches nothing of the quantizer, so a thread may make it."""
+        return self._stage(0, {**self._buffers, **buffers})
+
+    def take(self, buffers: Mapping[str, Tensor], prepared: InputStages) -> None:
+        """Put the buffers of another set in the place of the present one's."""
+        self._buffers.update(buffers)
+        self.refresh()
+        self._stages = [prepared]
+
+    def _stage(self, index: int, buffers: Mapping[str, Tensor | None] | None = None) -> InputStages:
+        buffers = self._buffers if buffers is None else buffers
+        parts = {name: buffers[name] for name in _STACKED}
         for part in parts.values():
             check_in_memory(part)
         return InputStages(

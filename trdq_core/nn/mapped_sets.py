@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import mmap
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
 from typing import NamedTuple
 
 import numpy as np
@@ -31,6 +34,10 @@ class Place(NamedTuple):
     end: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+Range = tuple[int, int, int]  # file, first byte, last byte + 1
+Work = tuple[Callable[[], None], threading.Event]
 
 
 class MappedFiles:
@@ -57,16 +64,16 @@ class MappedFiles:
             place.shape
         )
 
-    def touch(self, names: Iterable[str]) -> None:
-        """Bring the pages of some tensors into memory. numpy lets go of the interpreter meanwhile."""
-        for file, begin, end in self._ranges(names):
+    def touch(self, ranges: Iterable[Range]) -> None:
+        """Bring some pages into memory. numpy lets go of the interpreter meanwhile."""
+        for file, begin, end in ranges:
             with suppress(ValueError, OSError):  # a hint; not every file system takes it
                 self._maps[file].madvise(mmap.MADV_WILLNEED, begin, end - begin)
             np.frombuffer(self._maps[file], dtype=np.uint8, count=end - begin, offset=begin)[:: mmap.PAGESIZE].max()
 
-    def release(self, names: Iterable[str]) -> None:
-        """Let the pages of some tensors go. They are clean, so they come back from the file if somebody looks again."""
-        for file, begin, end in self._ranges(names):
+    def release(self, ranges: Iterable[Range]) -> None:
+        """Let some pages go. They are clean, so they come back from the file if somebody looks again."""
+        for file, begin, end in ranges:
             with suppress(ValueError, OSError):
                 self._maps[file].madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
@@ -87,9 +94,9 @@ class MappedFiles:
                 raise ValueError("it ends within a tensor")
             self.places[name] = Place(index, begin, end, _DTYPES[entry["dtype"]], tuple(entry["shape"]))
 
-    def _ranges(self, names: Iterable[str]) -> list[tuple[int, int, int]]:
-        """File, begin and end of whole pages, neighbours joined."""
-        joined: list[tuple[int, int, int]] = []
+    def ranges(self, names: Iterable[str]) -> list[Range]:
+        """Where some tensors lie, in whole pages, neighbours joined."""
+        joined: list[Range] = []
         for place in sorted(self.places[name][:3] for name in names):
             file, begin, end = place
             begin -= begin % mmap.PAGESIZE
@@ -101,19 +108,32 @@ class MappedFiles:
 
 
 class Reader:
-    """Does work on mapped files in a thread of its own, one piece at a time."""
+    """Does work in a thread of its own, one piece after the other. The thread ends when the reader is let go."""
 
     def __init__(self) -> None:
-        self._thread: threading.Thread | None = None
+        self._queue: SimpleQueue[Work | None] = SimpleQueue()
+        self._done = threading.Event()
+        self._done.set()
+        threading.Thread(target=_serve, args=(self._queue,), name="trdq-reader", daemon=True).start()
+        weakref.finalize(self, self._queue.put, None)
 
     def begin(self, work: Callable[[], None]) -> None:
-        """Start some work, after what is under way."""
-        self.wait()
-        self._thread = threading.Thread(target=work, name="trdq-reader", daemon=True)
-        self._thread.start()
+        """Start some work after what is under way; does not wait for the thread to wake."""
+        self._done = threading.Event()
+        self._queue.put((work, self._done))
 
     def wait(self) -> None:
         """Until nothing is under way."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+        self._done.wait()
+
+
+def _serve(queue: SimpleQueue[Work | None]) -> None:
+    while (item := queue.get()) is not None:
+        work, done = item
+        try:
+            work()
+        except Exception:  # reading ahead is a help, not a duty: whoever needs the set meets the error itself
+            logging.getLogger(__name__).debug("reading ahead failed", exc_info=True)
+        finally:
+            done.set()
+        del work, done, item  # or they would stay until the next piece

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,7 +23,7 @@ from torch import Tensor, nn
 from trdq_core.errors import StorageError
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
-from trdq_core.nn.mapped_sets import MappedFiles, Reader
+from trdq_core.nn.mapped_sets import MappedFiles, Range, Reader
 
 Buffers = Mapping[str, Mapping[str, Tensor]]  # module name -> buffer name -> (1, ...) tensor of one set
 
@@ -32,6 +34,13 @@ SetName = Callable[[int, str], str]  # group and "module.buffer" to the name of 
 def numbered(group: int, name: str) -> str:
     """The names of a file that holds nothing but sets: "0.blocks.1.attn1.to_q.qweight"."""
     return f"{group}.{name}"
+
+
+class Ready(NamedTuple):
+    """A set that only has to be put in place."""
+
+    parts: list[tuple[str, nn.Module, dict[str, Tensor], Any]]  # name, module, its buffers, what it makes of them
+    ranges: list[Range]  # of the file
 
 
 class SwitchedSets:
@@ -49,12 +58,10 @@ class SwitchedSets:
         self.modules = dict(modules)
         self._name = name
         # Names, not tensors: moving a model to another device puts new tensors in the place of its buffers.
-        self._targets = {
-            f"{prefix}.{key}": (module, key) for prefix, module in modules.items() for key in set_buffers(module)
-        }
+        self._targets = [f"{prefix}.{key}" for prefix, module in modules.items() for key in set_buffers(module)]
         self._stored = MappedFiles(self.files)
         self._reader = Reader()
-        self._views: list[Tensor] = []  # of the set that was read ahead
+        self._ready: dict[int, Ready] = {}
         first = next(iter(self._targets), None)
         self.count = 0 if first is None else _sets_of(first, self._stored.places, name)
         self._prefetch()
@@ -78,28 +85,39 @@ class SwitchedSets:
             return
         started = time.perf_counter()
         self._reader.wait()
-        views = self._views if self._ahead == group and self._views else self._look_up(group)
-        for (name, (module, key)), view in zip(self._targets.items(), views, strict=True):
-            buffer = module._buffers[key]
-            if buffer is None or buffer.is_meta:
+        for name, module, buffers, prepared in self._look_up(group).parts:
+            held = next(module._buffers[key] for key in buffers)
+            if held is None or held.is_meta:
                 raise StorageError(
                     f"{name}: switched sets need their layers in memory, and this one was offloaded with its buffers; "
                     'use enable_model_cpu_offload, or a recipe with storage "resident".'
                 )
-            if buffer.device.type == "cpu":
-                module._buffers[key] = view
-            else:
-                buffer.copy_(view)
-        for module in self.modules.values():
+            if held.device.type == "cpu":
+                module.take(buffers, prepared)
+                continue
+            for key, buffer in buffers.items():
+                module._buffers[key].copy_(buffer)
             module.refresh()
         stale = {self.active, self._ahead} - {group}
         self.active = group
         self._prefetch(stale)
         self.swap_seconds.append(time.perf_counter() - started)
 
-    def _look_up(self, group: int) -> list[Tensor]:
-        """The tensors of a set in the order of the targets."""
-        return [self.tensor(group, name) for name in self._targets]
+    def _look_up(self, group: int) -> Ready:
+        """A set as the layers take it; made once, since views of the file hold no memory of their own."""
+        if group not in self._ready:
+            buffers: dict[str, dict[str, Tensor]] = {}
+            for name in self._targets:
+                prefix, _, key = name.rpartition(".")
+                buffers.setdefault(prefix, {})[key] = self.tensor(group, name)
+                time.sleep(0)  # lets the sampling thread have the interpreter at once
+            parts = []
+            for prefix, own in buffers.items():
+                parts.append((prefix, self.modules[prefix], own, self.modules[prefix].prepare(own)))
+                time.sleep(0)
+            ranges = self._stored.ranges(self._name(group, name) for name in self._targets)
+            self._ready[group] = Ready(parts, ranges)
+        return self._ready[group]
 
     def _prefetch(self, stale: Iterable[int] = ()) -> None:
         """Read the set below the active one, or the topmost for the next run: timesteps fall while a model samples. The pages
@@ -107,19 +125,19 @@ class SwitchedSets:
         """
         if self.count < 2:
             return
-        self._ahead, self._views = (self.active - 1) % self.count, []
-        leaving, coming = [group for group in stale if group != self._ahead], self._ahead
+        self._ahead = coming = (self.active - 1) % self.count
+        leaving = [group for group in stale if group != coming]
+        sets, stored = weakref.ref(self), self._stored
 
         def work() -> None:
+            owner = sets()
+            if owner is None:
+                return
             for group in leaving:
-                self._stored.release(self._names(group))
-            self._stored.touch(self._names(coming))
-            self._views = self._look_up(coming)
+                stored.release(owner._look_up(group).ranges)
+            stored.touch(owner._look_up(coming).ranges)
 
         self._reader.begin(work)
-
-    def _names(self, group: int) -> list[str]:
-        return [self._name(group, name) for name in self._targets]
 
 
 def _sets_of(target: str, places: Mapping[str, object], name: SetName) -> int:
