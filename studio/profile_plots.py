@@ -61,7 +61,7 @@ def roofline(rows: Mapping[str, Sequence[Mapping[str, Any]]], peaks: Mapping[str
     figure.update_layout(
         **layout("Kernel calls below the measured roofs", "operations per byte", "operations per second", 440)
     )
-    figure.update_layout(hovermode="closest", showlegend=True)
+    figure.update_layout(hovermode="closest", showlegend=True, margin={"t": 96})
     figure.update_xaxes(type="log", gridcolor=GRID)
     figure.update_yaxes(type="log", gridcolor=GRID, exponentformat="SI")
     return figure
