@@ -21,6 +21,7 @@ from trdq_core.specs import LayerRule, LowRankSpec, QuantSpec, Recipe, Reconstru
 from trdq_core.terminal import ProgressBar
 
 METHOD = "tr-dq-plus"
+LOW_RANK = "tr-dq-plus-low-rank"
 Change = Callable[[LayerRule], LayerRule]
 
 
@@ -89,7 +90,20 @@ def variants(weight_bits: int, activation_bits: int) -> list[Recipe]:
     for kind in ("uniform", "dp"):
         grouped = make_recipe(METHOD, **bits, groups=4, group_kind=kind)
         found.append(dataclasses.replace(grouped, name=f"{kind}-groups-4-{label}"))
-    return found
+    return [*found, *low_rank_variants(bits, label)]
+
+
+def low_rank_variants(bits: dict[str, int], label: str) -> list[Recipe]:
+    """The recipe with a branch: as it is, without the refit, and in time groups."""
+    base = make_recipe(LOW_RANK, **bits)
+    (rule,) = base.rules
+    assert rule.low_rank is not None  # what the recipe is named for
+    plain = dataclasses.replace(rule, low_rank=dataclasses.replace(rule.low_rank, refit=False))
+    return [
+        dataclasses.replace(base, name=f"branch-{label}"),
+        dataclasses.replace(base, name=f"branch-no-refit-{label}", rules=(plain,)),
+        dataclasses.replace(make_recipe(LOW_RANK, **bits, groups=4), name=f"branch-uniform-groups-4-{label}"),
+    ]
 
 
 def main() -> None:
@@ -98,6 +112,7 @@ def main() -> None:
     parser.add_argument("--bits", default="W4A8,W4A4", help="bit-widths (default: W4A8,W4A4)")
     parser.add_argument("--prompts", type=int, default=16, help="evaluation prompts (default: 16)")
     parser.add_argument("--leave-out", default="", help="variants not to run, by name without bits, commas between")
+    parser.add_argument("--only", default="", help="run these variants alone")
     parser.add_argument("--out", type=Path, required=True, help="run folder")
     given = parser.parse_args()
     left_out = set(given.leave_out.split(","))
@@ -106,6 +121,7 @@ def main() -> None:
         for label in parse_bits(given.bits)
         for recipe in variants(*(int(width) for width in label.lower()[1:].split("a")))
         if recipe.name.rpartition("-")[0] not in left_out
+        and (not given.only or recipe.name.rpartition("-")[0] in given.only.split(","))
     ]
     given_flags = {"command": "evaluate", "model": given.model, "recipes": "fp", "prompts": given.prompts}
     spec = dataclasses.replace(spec_from(given_flags), recipes=tuple(recipes))

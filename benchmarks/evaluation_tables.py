@@ -33,6 +33,8 @@ COLUMNS = {
     "encoder_feature_distance": Column("encoder feature distance", 1, ".3g", -1),
     "gmsd": Column("GMSD", 1, ".3g", -1),
     "encoder_kid": Column("encoder KID x1000", 1000, ".2f", -1),
+    "temporal_error_mean": Column("temporal error", 1, ".2f", -1),
+    "motion_ratio_mean": Column("motion", 1, ".3f", 0),
     "fit_seconds": Column("fit s", 1, ".1f", 0),
 }
 WITH_ERROR = ("final_latent_sqnr_db", "psnr")
@@ -47,7 +49,7 @@ def rows_from_evaluation(report: Mapping[str, Any], head: Mapping[str, Any], *, 
     )
     rows = []
     for recipe, facts in report["recipes"].items():
-        if facts["kind"] not in ("quantized", "shared"):
+        if facts["kind"] not in ("quantized", "shared", "peer"):
             continue
         parts = [
             how,
@@ -59,7 +61,7 @@ def rows_from_evaluation(report: Mapping[str, Any], head: Mapping[str, Any], *, 
         for metric in COLUMNS:
             if facts.get(metric) is None:
                 continue
-            value, error = facts[metric], facts.get(f"{metric}_se")
+            value, error = facts[metric], facts.get(f"{metric.removesuffix('_mean')}_se")
             low, high = ("", "") if error is None else (f"{value - error:.7g}", f"{value + error:.7g}")
             numbers = {"metric": metric, "value": f"{value:.7g}", "low": low, "high": high, "n": facts["n"]}
             row = {**head, "recipe": recipe, **numbers, "note": "; ".join(parts)}

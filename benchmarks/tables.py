@@ -4,6 +4,7 @@
     python -m benchmarks.tables --check                     # exit 1 if they are not what the file says
     python -m benchmarks.tables --add RUN/report.json       # take the results of runs into the file first
     python -m benchmarks.tables --add RUN/evaluation.json --tag ablation    # evaluations, into a table of ablations
+    python -m benchmarks.tables --add RUN/report.json --tag peers           # recipes beside other tools, into their table
 
 The file is long: one row for each number, with the date, machine and sample size it belongs to. Of several measurements of
 one thing on one machine the tables show the latest; the file keeps them all.
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evaluation_tables import ABLATION, is_evaluation, make_evaluation_tables, rows_from_evaluation
+from benchmarks.peer_tables import PEERS, is_peers, make_peer_tables, rows_from_peers
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.csv"
@@ -41,6 +43,8 @@ METRICS = {
     "psnr": Metric("PSNR dB", 1, 1, True),
     "lowest_psnr": Metric("lowest PSNR dB", 1, 1, True),
     "ssim": Metric("SSIM", 1, 3, False),
+    "temporal_error_mean": Metric("temporal error", 1, 2, True),
+    "motion_ratio_mean": Metric("motion", 1, 3, True),
     "mean_latent_sqnr_db": Metric("latent SQNR dB", 1, 1, True),
     "attention_saving": Metric("attention FLOPs saved %", 100, 1, True),
     "work_saving": Metric("denoiser FLOPs saved %", 100, 1, True),
@@ -51,7 +55,13 @@ METRICS = {
     "weight_share": Metric("of reference", 1, 3, True),
     "effective_bits": Metric("bits a weight", 1, 2, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
+    "call_us": Metric("call µs", 1, 1, False),
+    "bound_share": Metric("of its bound %", 100, 0, False),
 }
+CLIPS = (
+    "PSNR and SSIM are means over frames; temporal error: RMS of (frame difference - the reference's), grey levels; motion: "
+    "mean squared frame difference over the reference's."
+)
 SPREADS = {"psnr": "psnr_std", "ssim": "ssim_std"}
 
 Row = dict[str, str]
@@ -79,7 +89,7 @@ def add_rows(rows: Iterable[Mapping[str, object]], path: Path = RESULTS) -> None
 
 
 def rows_from_report(report: Mapping[str, Any], *, tag: str = "") -> list[Row]:
-    """The numbers of a run's report as rows of the results file; `tag` puts an evaluation among the ablations."""
+    """The numbers of a run's report as rows of the results file; `tag` says which further table they belong to."""
     machine, spec = report.get("machine") or {}, report.get("spec") or {}
     head = {
         "date": str(report.get("created", ""))[:10],
@@ -89,6 +99,8 @@ def rows_from_report(report: Mapping[str, Any], *, tag: str = "") -> list[Row]:
     }
     if report.get("command") == "evaluate":
         return rows_from_evaluation(report, head, tag=tag)
+    if tag == PEERS:
+        return rows_from_peers(report, head)
     setting = f"{spec.get('steps')} steps, guidance {spec.get('guidance')}, seed {spec.get('seed')}"
     baseline = (report["recipes"].get("fp") or {}).get("step_ms") or {}
     rows = []
@@ -122,17 +134,22 @@ def _numbers(
 def make_tables(rows: Sequence[Row], *, brief: bool) -> str:
     """Markdown: one table for each model and machine, recipes down, metrics across, with how it was measured above it.
 
-    The long tables end with those of evaluations.
+    The long tables end with those of recipes beside other tools, and of evaluations.
     """
     if not rows:
         return EMPTY
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if not is_evaluation(row):
+        if not is_evaluation(row) and not is_peers(row):
             groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
-    found = [_table(key, members, brief=brief) for key, members in groups.items()]
-    evaluations = "" if brief else make_evaluation_tables(rows)
-    return "\n\n".join([*found, *([evaluations] if evaluations else [])])
+    found = [_table(key, members, brief=brief) for key, members in groups.items() if not brief or _in_brief(members)]
+    further = [] if brief else [make_peer_tables(rows), make_evaluation_tables(rows)]
+    return "\n\n".join([*found, *filter(None, further)])
+
+
+def _in_brief(rows: Iterable[Row]) -> bool:
+    """Whether the short tables show anything of these rows; those of single operators stay out of them."""
+    return any(row["metric"] in METRICS and METRICS[row["metric"]].brief for row in rows)
 
 
 def _table(key: tuple[str, str, str], rows: Sequence[Row], *, brief: bool) -> str:
@@ -166,7 +183,8 @@ def _how(rows: Iterable[Row]) -> str:
     span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     counts = sorted({row["n"] for row in rows if row["metric"] == "psnr" and row["n"]})
     pictures = f"; {', '.join(counts)} prompts" if counts else ""
-    return f"{'; '.join(settings)}{pictures}; measured {span}. Times are medians."
+    clips = f" {CLIPS}" if any(row["metric"] == "temporal_error_mean" for row in rows) else ""
+    return f"{'; '.join(settings)}{pictures}; measured {span}. Times are medians.{clips}"
 
 
 def _mark(recipe: str, latest: Mapping[tuple[str, str], Row]) -> str:
@@ -212,7 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     parser.add_argument("--add", nargs="+", metavar="REPORT", default=[], help="report.json files to take in first")
     parser.add_argument(
-        "--tag", choices=(ABLATION,), default="", help="put added evaluations into the table of ablations"
+        "--tag",
+        choices=(ABLATION, PEERS),
+        default="",
+        help="put added evaluations into the table of ablations, or other runs into that of recipes beside other tools",
     )
     flags = parser.parse_args(arguments)
     for file in flags.add:

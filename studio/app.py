@@ -89,6 +89,13 @@ def _wire_page(
     studio: Studio, demo: gr.Blocks, header: gr.HTML, controls: sidebar.Controls, page: compare.ComparePage
 ) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def choose(name: str, prompt: str) -> dict[Any, Any]:
+        line = {controls.model_line: models.line(studio.core, name)}
+        return line | sidebar.of_model(controls, name, models.kind(studio.core, name), prompt)
+
+    of_model = [controls.model_line, controls.prompt, controls.examples, controls.extra_prompts]
+    controls.model.change(choose, [controls.model, controls.prompt], of_model, **quiet)
     gr.Timer(HEADER_EVERY).tick(lambda: header_now(studio), outputs=header, queue=False, **quiet)
 
     def restore(run_id: str | None) -> dict[Any, Any]:
@@ -96,7 +103,6 @@ def _wire_page(
         return result.stored(page.result, run) if run and run.recipes else {page.result.run_id: None}
 
     demo.load(restore, page.saved, page.result.widgets(), **quiet)
-    controls.model.change(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
     demo.load(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
     demo.load(
         lambda: sidebar.offer(controls, studio.recipes.all()), None,

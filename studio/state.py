@@ -72,7 +72,7 @@ class LiveRun:
             kind, recipe = event.get("kind"), str(event.get("recipe") or "")
             if kind == "folder":
                 self.folder = Path(event["folder"])
-            elif kind in ("preview", "image") and event.get("prompt", 0) == 0 and self.folder:
+            elif kind in ("preview", "image", "clip") and event.get("prompt", 0) == 0 and self.folder:
                 path = inside(self.folder, str(event.get("image")))
                 if path:
                     self.pictures[recipe] = path

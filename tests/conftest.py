@@ -19,6 +19,9 @@ os.environ.update(
     DO_NOT_TRACK="1",
     TOKENIZERS_PARALLELISM="false",
 )
+# Triton reads this when it is first imported, whoever imports it: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ["TRITON_INTERPRET"] = "1"
 ROOT = Path(__file__).resolve().parents[1]
 CHROMIUM = os.environ.get("TRDQ_CHROMIUM") or shutil.which("chromium")
 # Runs and calibrations of the tests go here, never among the person's own.

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from trdq_core import arguments
+from trdq_core import arguments, prompts
 from trdq_core.errors import RecipeError
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import RunSpec, SharingSpec
@@ -27,7 +27,7 @@ def test_the_line_of_the_readme() -> None:
     assert [recipe.time.count for recipe in spec.recipes] == [1, 1, 4]
     assert (spec.command, spec.model, spec.seed, len(spec.prompts)) == ("compare", "pocket-image", 0, 8)
     assert len(spec.calibration_prompts) == arguments.CALIBRATION_PROMPTS
-    assert not set(spec.prompts) & set(spec.calibration_prompts) or not arguments.PROMPTS_FILE.exists()
+    assert not set(spec.prompts) & set(spec.calibration_prompts)
 
 
 def test_own_prompts_and_numbers() -> None:
@@ -80,8 +80,8 @@ def test_recipe_files_join_the_named_ones(tmp_path: Path) -> None:
 def test_without_a_prompts_file_a_short_list_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:
-    monkeypatch.setattr(arguments, "PROMPTS_FILE", tmp_path / "none.json")
-    assert spec_of("compare", "--prompts", "2").prompts == arguments.FALLBACK_PROMPTS[:2]
+    monkeypatch.setattr(prompts, "PROMPTS_FILE", tmp_path / "none.json")
+    assert spec_of("compare", "--prompts", "2").prompts == prompts.FALLBACK_PROMPTS[:2]
     assert "short built-in list" in capsys.readouterr().err
 
 

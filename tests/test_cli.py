@@ -322,6 +322,24 @@ def test_ctrl_c_keeps_what_was_finished(tiny_folder: Path, tmp_path: Path) -> No
     assert (out / "report.json").exists()
 
 
+@pytest.mark.slow
+def test_clips_are_compared_and_compared_again_from_their_spec(tiny_video_folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--model", str(tiny_video_folder), "--recipes", "fp,tr-dq-w4a8", "--groups", "2", "--prompts", "1"]
+    numbers = ["--calibration-prompts", "1", "--steps", "2", "--timing-rounds", "1"]
+    done = trdq("compare", *words, *numbers, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert "temporal error" in done.stdout and "motion" in done.stdout
+    assert json.loads((out / "spec.json").read_text())["prompts"] == ["alarm clock"], "the first for video models"
+    again = trdq("compare", "--spec", str(out / "spec.json"), "--out", str(tmp_path / "again"), "--json")
+    assert again.returncode == 0, again.stderr
+    row = json.loads((out / "report.json").read_text())["recipes"]["tr-dq-w4a8"]
+    repeated = json.loads(again.stdout)["recipes"]["tr-dq-w4a8"]
+    for name in ("frame_psnr", "frame_ssim", "temporal_error", "motion_ratio", "worst_frame", "videos", "frames"):
+        assert repeated[name] == row[name]
+    assert all((out / video).exists() for video in row["videos"])
+
+
 @needs_pocket
 @pytest.mark.slow
 def test_the_pocket_model_is_planned_and_sampled(tmp_path: Path) -> None:

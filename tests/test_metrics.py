@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from trdq_core import metrics
 from trdq_core.errors import ShapeError
 from trdq_core.metrics import (
     compare_clips,
@@ -113,3 +114,29 @@ def test_clips_of_other_shapes_are_refused_in_one_sentence() -> None:
         compare_clips(moving_square()[:5], moving_square())
     with pytest.raises(ShapeError, match="at least 2 frames"):
         temporal_error(picture(), picture())
+
+
+def test_likeness_of_a_clip_is_the_mean_over_its_frames() -> None:
+    generator = np.random.default_rng(0)
+    reference = generator.integers(0, 200, (4, 16, 16, 3), dtype=np.uint8)
+    clip = reference.copy()
+    clip[1] += 5
+    clip[2, :8] += 20
+    found = metrics.likeness(clip, reference)
+    assert found.clip == metrics.compare_clips(clip, reference)
+    assert found.psnr == pytest.approx((found.clip.psnr[1] + found.clip.psnr[2]) / 2), "equal frames are left out"
+    assert found.ssim == pytest.approx(sum(found.clip.ssim) / 4)
+    assert metrics.likeness(reference, reference).psnr == math.inf
+    picture = metrics.likeness(clip[1], reference[1])
+    assert picture == (metrics.psnr(clip[1], reference[1]), metrics.ssim(clip[1], reference[1]), None)
+
+
+def test_fields_of_clips_have_no_infinities() -> None:
+    still = np.full((3, 16, 16, 3), 100, np.uint8)
+    moved = still.copy()
+    moved[2] += 10
+    row = metrics.clip_row([metrics.compare_clips(still, still), metrics.compare_clips(moved, still)])
+    assert row["frame_psnr"][0] == [None] * 3 and row["frame_psnr"][1][:2] == [None] * 2
+    assert row["worst_frame"] == [None, 2]
+    assert row["motion_ratio"] == [None, None] and row["motion_ratio_mean"] is None, "the reference stands still"
+    assert row["temporal_error"][0] == 0 and row["temporal_error_mean"] == pytest.approx(row["temporal_error"][1] / 2)

@@ -11,6 +11,7 @@ from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.random_dit import CLASSES, RandomDiT
 from trdq_core.calibration import calibrate
 from trdq_core.convert import convert
+from trdq_core.errors import ShapeError
 from trdq_core.kernels import dispatch
 from trdq_core.metrics import sqnr_db
 from trdq_core.presets import make_recipe, published_sharing, with_sharing
@@ -77,3 +78,9 @@ def test_the_random_dit_puts_unconditional_labels_first(monkeypatch: pytest.Monk
     conditionings = model.encode(["a", "b"])
     assert sample_batch(model, conditionings, [0, 1], steps=2, guidance=2).shape == (2, 4, 32, 32)
     assert seen[0] == [CLASSES, CLASSES, ord("a"), ord("b")]
+
+
+def test_embeddings_of_different_lengths_make_no_batch() -> None:
+    parts = [Conditioning(str(tokens), {"prompt_embeds": torch.zeros(1, tokens, 4)}) for tokens in (3, 5)]
+    with pytest.raises(ShapeError, match="prompt_embeds of '3' and '5' are of different lengths"):
+        join(parts)

@@ -82,3 +82,10 @@ def test_reuse_skipping_and_measured_psnr_are_said_in_lines() -> None:
     assert "the plan by itself, in full precision: lowest PSNR 36.2 dB over 4 prompts" in text
     same = terminal.report_text({"recipes": {"a": {"sharing": {**plan, "measured_psnr_db": None}}}})
     assert "pictures identical over 4 prompts" in same
+
+
+def test_clips_have_columns_for_flicker_and_motion() -> None:
+    row = {"kind": "quantized", "psnr": 30.0, "temporal_error_mean": 1.25, "motion_ratio_mean": 0.987}
+    header, _, shown = terminal.report_text({"recipes": {"rtn-w4a8": row}}).splitlines()[2:5]
+    assert header.split() == ["recipe", "PSNR", "dB", "temporal", "error", "motion"]
+    assert shown.split() == ["rtn-w4a8", "30.00", "1.25", "0.987"]

@@ -8,9 +8,17 @@ import pytest
 import torch
 from torch import nn
 
-from trdq_core.errors import RecipeError
+from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.specs import TimeGroupSpec
-from trdq_core.timegroups import TimeContext, TimeGroups, make_groups, segment_cuts, timestep_value
+from trdq_core.timegroups import (
+    TimeArgument,
+    TimeContext,
+    TimeGroups,
+    make_groups,
+    segment_cuts,
+    time_argument,
+    timestep_value,
+)
 
 
 @pytest.mark.parametrize(
@@ -110,6 +118,32 @@ def test_the_context_follows_the_denoiser_and_tells_changes_once() -> None:
     handle.remove()
     denoiser(torch.zeros(1), timestep=torch.tensor([999]))
     assert context.group == 0
+
+
+def test_flow_matching_time_maps_onto_the_axis() -> None:
+    class Denoiser(nn.Module):
+        def forward(self, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+            return x
+
+    for argument, told in (
+        (TimeArgument("t", 1), 900.0),
+        (TimeArgument("t", 1, 1000.0), 0.9),
+        (TimeArgument("t", 1, 1000.0, flipped=True), 0.1),
+        (["t", 1, 1000.0, True], 0.1),  # as JSON keeps it
+    ):
+        context, denoiser = TimeContext(TimeGroups((500.0,))), Denoiser()
+        context.attach(denoiser, argument)
+        for args, kwargs in (((torch.zeros(1), torch.tensor([told])), {}), ((torch.zeros(1),), {"t": told})):
+            context.set(0.0)
+            denoiser(*args, **kwargs)
+            assert context.timestep == pytest.approx(900.0, abs=1e-3) and context.group == 1
+            moved = time_argument(argument).moved(args, kwargs, 250.0)
+            assert time_argument(argument).value(*moved) == pytest.approx(250.0, abs=1e-3)
+
+
+def test_a_call_that_does_not_tell_the_time_is_refused() -> None:
+    with pytest.raises(CalibrationError, match="no argument 'sigma'"):
+        TimeArgument("sigma", 3).value((torch.zeros(1),), {"t": 1.0})
 
 
 def test_leaving_the_calibrated_range_warns_once() -> None:

@@ -65,13 +65,13 @@ def save_tiny(folder: Path) -> Path:
     return folder
 
 
-def tiny_video_pipeline(layers: int = 2, frames: int = 4) -> LattePipeline:
-    """A Latte of width 128 (2 heads of 64): clips of 4 frames, 16x16 pixels by the same f2 autoencoder, 16 tokens a frame."""
+def tiny_video_pipeline(layers: int = 2, frames: int = 4, width: int = 128) -> LattePipeline:
+    """A Latte of 2 heads: clips of 4 frames, 16x16 pixels by the same f2 autoencoder, 16 tokens a frame."""
     torch.manual_seed(0)
     tokenizer, encoder, vae = _tokenizer(), _text_encoder(), _autoencoder()
     transformer = LatteTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=64, in_channels=4, out_channels=4, num_layers=layers,
-        cross_attention_dim=128, attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate",
+        num_attention_heads=2, attention_head_dim=width // 2, in_channels=4, out_channels=4, num_layers=layers,
+        cross_attention_dim=width, attention_bias=True, sample_size=8, patch_size=2, activation_fn="gelu-approximate",
         num_embeds_ada_norm=1000, norm_type="ada_norm_single", norm_elementwise_affine=False, norm_eps=1e-6,
         caption_channels=32, video_length=frames,
     )  # fmt: skip
@@ -86,7 +86,7 @@ def tiny_video_pipeline(layers: int = 2, frames: int = 4) -> LattePipeline:
     )
 
 
-def save_tiny_video(folder: Path) -> Path:
+def save_tiny_video(folder: Path, width: int = 128) -> Path:
     """Save the tiny Latte pipeline as a diffusers folder."""
-    tiny_video_pipeline().save_pretrained(folder)
+    tiny_video_pipeline(width=width).save_pretrained(folder)
     return folder

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -12,6 +11,8 @@ from trdq_core import __version__
 from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
+from trdq_core.prompts import CALIBRATION_PROMPTS, FALLBACK_PROMPTS, stored_prompts
+from trdq_core.prompts import PROMPTS_FILE as PROMPTS_FILE
 from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
 from trdq_core.specs import (
     STORAGE_MODES,
@@ -21,12 +22,7 @@ from trdq_core.specs import (
     SharingSpec,
 )
 
-PROMPTS_FILE = Path(__file__).resolve().parents[1] / "assets" / "prompts.json"
-FALLBACK_PROMPTS = (
-    "red apple", "owl", "hot air balloon", "tiger", "sunflower", "slice of pizza", "octopus", "snowman",
-    "rocket", "crab", "bread", "fire engine", "cherry blossom", "whale", "teddy bear", "mushroom",
-)  # fmt: skip
-BACKENDS = ("reference", "torch", "cpp")
+BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
 DEFAULT_RECIPES = {
     "plan": "tr-dq-w4a8",
@@ -37,11 +33,11 @@ DEFAULT_RECIPES = {
     "attention": "",
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
+    "save": "tr-dq-w4a8",
 }
-DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2}
+DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-CALIBRATION_PROMPTS = 16
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "trace")
+RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "push_to_hub", "trace")
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -62,6 +58,8 @@ def build_parser() -> Parser:
 
     models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
     _add_json(models)
+    summary = "list the other tools that recipes can be compared with"
+    _add_json(commands.add_parser("peers", help=summary, description=summary, argument_default=argparse.SUPPRESS))
 
     for command, summary in (
         ("plan", "show which layer gets which kernel and how many bytes, before anything runs"),
@@ -73,6 +71,7 @@ def build_parser() -> Parser:
             "evaluate",
             "measure many recipes on many pictures, in batches; started again it goes on where it was stopped",
         ),
+        ("save", "quantize with one recipe and write a folder that diffusers loads, with a model card"),
     ):
         one = commands.add_parser(command, help=summary, description=summary, argument_default=argparse.SUPPRESS)
         _add_model_and_recipes(one, command)
@@ -83,6 +82,7 @@ def build_parser() -> Parser:
     _add_attention(commands)
     _add_sensitivity(commands)
     _add_budget(commands)
+    _add_clean(commands)
     return parser
 
 
@@ -131,6 +131,16 @@ def _add_budget(commands: Any) -> None:
     _add_json(one)
 
 
+def _add_clean(commands: Any) -> None:
+    summary = "remove old switched sets and learnt rounding from the data folder; runs, calibrations and recipes stay"
+    one = commands.add_parser("clean", help=summary, description=summary, argument_default=argparse.SUPPRESS)
+    one.add_argument(
+        "--older-than", type=float, metavar="DAYS", required=True, help="days since they were last written"
+    )
+    one.add_argument("--dry-run", action="store_true", help="only list them")
+    _add_json(one)
+
+
 def _add_model_and_recipes(parser: Parser, command: str) -> None:
     names = f"{', '.join(METHODS)}, with bits such as {OFFERED_BITS[2].lower()}"
     add = parser.add_argument
@@ -145,7 +155,8 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
         "--recipes",
         "--recipe",
         metavar="A,B",
-        help=f"recipes by name: {names}; fp is the full-precision reference{default}",
+        help=f"recipes by name: {names}; fp is the full-precision reference; peer-NAME is another tool, see the peers "
+        f"command{default}",
     )
     add(
         "--recipe-file",
@@ -205,7 +216,11 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
-    add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
+    if command == "save":
+        add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
+        add("--push-to-hub", metavar="ID", help="upload it as OWNER/NAME afterwards")
+    else:
+        add("--out", metavar="DIR", help="the run folder to write (default: a new one in the data folder)")
     add("--quiet", action="store_true", help="no progress on the terminal")
 
 
@@ -221,12 +236,14 @@ def spec_from(given: Given) -> RunSpec:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
     data["command"] = "calibrate" if command == "plan" else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if command == "save" and "out" in given:
+        data["save_to"] = str(Path(given["out"]).absolute())
     if command == "attention":
         data |= {"recipes": [], **sharing_wish(given, from_file)}
-        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+        return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))
     if command == "sensitivity":
         data |= _layer_bits(given, from_file)
-        return RunSpec.from_dict(data | _prompt_fields(given, command, from_file))
+        return RunSpec.from_dict(data | _prompt_fields(given, command, data["model"], from_file))
     recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
     if recipes or not from_file:
         data["recipes"] = [recipe.to_dict() for recipe in recipes]
@@ -234,11 +251,11 @@ def spec_from(given: Given) -> RunSpec:
         flag = "--" + asked[0].replace("_", "-")
         raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
     if command != "plan":
-        data |= _prompt_fields(given, command, from_file)
+        data |= _prompt_fields(given, command, data["model"], from_file)
     return RunSpec.from_dict(data)
 
 
-def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, list[str]]:
+def _prompt_fields(given: Given, command: str, model: str, from_file: bool) -> dict[str, list[str]]:
     """The prompts to measure and to calibrate on, as far as the flags or the defaults decide them."""
     fields = {}
     if "prompt" in given:
@@ -246,10 +263,10 @@ def _prompt_fields(given: Given, command: str, from_file: bool) -> dict[str, lis
     elif "prompts" in given or (command in DEFAULT_PROMPTS and not from_file):
         # Bits are chosen by what sensitivity measures, so it keeps off the prompts that results are measured on.
         which = "calibration" if command == "sensitivity" else "evaluation"
-        fields["prompts"] = _prompts(which, given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
+        fields["prompts"] = _prompts(model, which, given.get("prompts", DEFAULT_PROMPTS.get(command)), "--prompts")
     if "calibration_prompts" in given or not from_file:
         count = given.get("calibration_prompts", CALIBRATION_PROMPTS)
-        fields["calibration_prompts"] = _prompts("calibration", count, "--calibration-prompts")
+        fields["calibration_prompts"] = _prompts(model, "calibration", count, "--calibration-prompts")
     return fields
 
 
@@ -301,21 +318,25 @@ def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:
     sharing = SharingSpec.from_json(_read(given["sharing"], "--sharing"))
     if given["command"] == "sample":
         return [with_sharing(recipe, sharing) for recipe in recipes]
-    return [both for recipe in recipes for both in (recipe, with_sharing(recipe, sharing))]
+    return [
+        both
+        for recipe in recipes
+        for both in ((recipe, with_sharing(recipe, sharing)) if recipe.peer is None else (recipe,))
+    ]
 
 
-def _prompts(which: str, count: int, flag: str) -> list[str]:
-    """The first `count` prompts of one list in assets/prompts.json, or of a short built-in one if that is not there."""
+def _prompts(model: str, which: str, count: int, flag: str) -> list[str]:
+    """The first `count` prompts of one list for the model, or of a short built-in one if that is not there."""
     if count < 1:
         raise RecipeError(f"{flag}: got {count}; allowed is 1 or more.")
     try:
-        stored = json.loads(PROMPTS_FILE.read_text(encoding="utf-8"))[which]
-    except (OSError, ValueError, KeyError):
-        stored = list(FALLBACK_PROMPTS)
-        print(f"assets/prompts.json has no {which} prompts; a short built-in list stands in.", file=sys.stderr)
+        stored = stored_prompts(model)[which]
+    except (StorageError, KeyError):
+        stored = FALLBACK_PROMPTS
+        print(f"assets holds no {which} prompts for {model}; a short built-in list stands in.", file=sys.stderr)
     if count > len(stored):
         raise RecipeError(f"{flag}: got {count}; there are {len(stored)} {which} prompts, ask for at most that many.")
-    return stored[:count]
+    return list(stored[:count])
 
 
 def _read(file: str, flag: str) -> str:

@@ -131,8 +131,8 @@ class QuantizedProducts:
 
 
 def attentions(layers: Iterable[LayerInfo], *, cross: bool) -> list[str]:
-    """Names of the self-attention modules in model order, with `cross` of the cross-attention modules too."""
-    roles = ("self_q", "cross_q") if cross else ("self_q",)
+    """Names of the self-attention modules in model order, those over frames too; with `cross` of the cross-attention modules."""
+    roles = ("self_q", "temporal_q", "cross_q") if cross else ("self_q", "temporal_q")
     return [layer.name.rpartition(".")[0] for layer in layers if layer.role in roles]
 
 

@@ -12,7 +12,7 @@ import numpy as np
 from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.gaps import Similarity
-from trdq_core.metrics import psnr
+from trdq_core.metrics import likeness
 from trdq_core.sampling import Conditioning, SampledModel, sample
 from trdq_core.sharing import shared_copy
 from trdq_core.sharing_plans import (
@@ -56,11 +56,12 @@ class PictureJudge:
         self._seen: dict[tuple[SharingSpec, int], float] = {}
 
     def psnr(self, spec: SharingSpec, index: int) -> float:
-        """PSNR in dB of one prompt's picture under `spec` against the unshared one; infinite if they are equal."""
+        """PSNR in dB of one prompt's picture, or mean over the frames of its clip, under `spec` against the unshared one;
+        infinite if they are equal."""
         while len(self._pictures) <= index:
             self._pictures.append(self._picture(None, len(self._pictures)))
         if (spec, index) not in self._seen:
-            self._seen[spec, index] = psnr(self._picture(spec, index), self._pictures[index])
+            self._seen[spec, index] = likeness(self._picture(spec, index), self._pictures[index]).psnr
         return self._seen[spec, index]
 
     def lowest(self, spec: SharingSpec, *, at_least: float = -math.inf, count: int | None = None) -> float:

@@ -27,13 +27,13 @@ def parse_bits(text: str, flag: str = "bits") -> tuple[str, ...]:
 
 
 def with_each_of(names: Sequence[str], bits: Sequence[str]) -> list[str]:
-    """Recipe names with bits: one that has none is repeated with each of `bits`; "fp" and names with bits stay."""
+    """Recipe names with bits: one that has none is repeated with each of `bits`; "fp", peers and names with bits stay."""
     return [
         full
         for name in (part.strip() for part in names)
         for full in (
             [name]
-            if not name or name.lower() == "fp" or _NAMED.fullmatch(name)
+            if not name or name.lower() == "fp" or name.lower().startswith("peer") or _NAMED.fullmatch(name)
             else [f"{name}-{label.lower()}" for label in bits]
         )
     ]

@@ -15,6 +15,7 @@ from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.observers import InputObserver, RangeObserver, observing
 from trdq_core.passes import RangeRequest
+from trdq_core.presets.methods import TEXT_ROLES
 from trdq_core.sampling import Conditioning, SampledModel, sample
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -22,6 +23,7 @@ from trdq_core.timegroups import TimeContext, TimeGroups
 SAVE_EVERY = 30.0  # seconds between two saves of the prompts finished so far
 ROWS_PER_CALL = 16  # token rows kept of each call; with 16 prompts and 20 steps, 256 a timestep
 CALIBRATION_VERSION = 4
+UNOBSERVED = ("other", "uncalled")  # roles that no recipe is meant for
 
 
 def calibration_fingerprint(
@@ -54,7 +56,7 @@ def calibrate(
     started = time.monotonic()
     settings = {"steps": steps, "guidance": guidance, "seed": seed}
     about = {"fingerprint": calibration_fingerprint(model, prompts, **settings), "model": model.name, **settings}
-    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role != "other"))
+    leaders = list(dict.fromkeys(layer.leader for layer in model.linears() if layer.role not in UNOBSERVED))
     resumed = _resume(partial, about)
     done = resumed.about["finished"] if resumed is not None else 0
     progress = Progress("calibrate", len(prompts) * steps, on_event=on_event, cancelled=cancelled, done=done * steps)
@@ -63,7 +65,8 @@ def calibrate(
     context = TimeContext(TimeGroups())
     observers = {name: InputObserver(name, context, ROWS_PER_CALL, seed + i) for i, name in enumerate(leaders)}
     for name, observer in observers.items() if resumed is not None else ():
-        observer.keep(resumed.layer(name))
+        if name in resumed.layers:
+            observer.keep(resumed.layer(name))
     hooks = {"argument": model.timestep_argument, "text_inputs": text_inputs(model)}
     with observing(model.denoiser, observers, context, **hooks):
         try:
@@ -130,7 +133,7 @@ def observe_ranges(
 
 def text_inputs(model: SampledModel) -> set[str]:
     """The linears that lead an input made of text tokens, some of which are padding."""
-    return {layer.leader for layer in model.linears() if layer.role in ("cross_k", "cross_v")}
+    return {layer.leader for layer in model.linears() if layer.role in ("cross_k", "cross_v", *TEXT_ROLES)}
 
 
 def _observe_prompt(
@@ -152,13 +155,18 @@ def _observe_prompt(
         guidance=settings["guidance"],
         on_step=lambda step, timestep, latents: progress.advance(conditioning.prompt),
     )
-    seen = next(iter(observers.values())).timesteps
+    seen = next(observer.timesteps for observer in observers.values() if not observer.silent)
     if len(seen) != len(trajectory.timesteps):
         raise CalibrationError(
             f"calibration: the scheduler gave {len(seen)} different timesteps in {len(trajectory.timesteps)} steps; "
             "use fewer steps."
         )
-    for observer in observers.values():
+    for name, observer in observers.items():
+        if not observer.silent and observer.timesteps != seen:
+            raise CalibrationError(
+                f"{name}: it ran in {len(observer.timesteps)} of {len(seen)} steps only, and each step needs its statistics; "
+                "sample with settings that run the whole model in every step."
+            )
         observer.finish()
     return tuple(seen)
 
@@ -166,7 +174,7 @@ def _observe_prompt(
 def _collect(
     observers: Mapping[str, InputObserver], timesteps: Sequence[float], about: Mapping[str, Any]
 ) -> Statistics:
-    return Statistics(tuple(timesteps), {name: observer.result() for name, observer in observers.items()}, about)
+    return Statistics(tuple(timesteps), {n: one.result() for n, one in observers.items() if not one.silent}, about)
 
 
 def _resume(partial: Path | None, about: Mapping[str, Any]) -> Statistics | None:

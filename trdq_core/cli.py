@@ -18,7 +18,9 @@ from pathlib import Path
 
 from trdq_core import terminal
 from trdq_core.arguments import Given, build_parser, spec_from
-from trdq_core.errors import Cancelled, StorageError, TRDQError
+from trdq_core.errors import Cancelled, RecipeError, StorageError, TRDQError
+from trdq_core.presets import PEERS, missing
+from trdq_core.presets.peers import PREFIX
 from trdq_core.specs import RunSpec
 
 # Read by the libraries when they are imported: the terminal belongs to the progress bar, and nothing asks a network.
@@ -37,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "plan": _plan, "budget": _budget}
+    handlers = {"models": _models, "peers": _peers, "plan": _plan, "budget": _budget, "clean": _clean}
     try:
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
@@ -85,6 +87,13 @@ def _models(given: Given) -> None:
         print(terminal.models_text(found))
 
 
+def _peers(given: Given) -> None:
+    if given.get("json"):
+        print(json.dumps([{**peer._asdict(), "missing": missing(peer)} for peer in PEERS.values()], indent=2))
+    else:
+        print(terminal.peers_text((f"{PREFIX}{name}", missing(peer), peer.description) for name, peer in PEERS.items()))
+
+
 def _plan(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
@@ -118,11 +127,22 @@ def _budget(given: Given) -> None:
             print(f"\nThe recipe is in {given['out']}")
 
 
+def _clean(given: Given) -> None:
+    from trdq_core.cleaning import clean
+
+    found, dry = clean(given["older_than"], dry_run=given.get("dry_run", False)), given.get("dry_run", False)
+    if given.get("json"):
+        print(json.dumps([one._asdict() for one in found], indent=2, default=str))
+    else:
+        print(terminal.cleaned_text(found, dry_run=dry))
+
+
 def _run(given: Given) -> None:
     spec = spec_from(given)
     from trdq_core import runs
 
-    folder = Path(given["out"]) if "out" in given else runs.new_run_folder(spec.command)
+    named = "out" in given and spec.command != "save"  # whose folder is the model's
+    folder = Path(given["out"]) if named else runs.new_run_folder(spec.command)
     prepare_folder(folder, spec)
     quiet = given.get("quiet", False)
     with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=quiet) as bar:
@@ -151,8 +171,16 @@ def prepare_folder(folder: Path, spec: RunSpec) -> None:
         raise StorageError(f"--out: {folder} cannot be written ({reason}); name another folder.") from error
     except ValueError:
         before = None
-    if before is not None and before != spec.to_dict():
+    if before is not None and not _is_of(before, spec):
         raise StorageError(f"--out: {folder} holds another run; name a new folder so that nothing of it is lost.")
+
+
+def _is_of(stored: object, spec: RunSpec) -> bool:
+    """Whether a stored specification is `spec`: what was added to specifications since has its defaults."""
+    try:
+        return RunSpec.from_dict(stored) == spec  # type: ignore[arg-type]  # what is no mapping is refused there
+    except RecipeError:
+        return False
 
 
 @contextmanager

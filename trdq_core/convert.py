@@ -11,9 +11,9 @@ from typing import Any
 from torch import nn
 
 from trdq_core.attention_products import QuantizedProducts
-from trdq_core.errors import CalibrationError, ModelError, RecipeError
+from trdq_core.errors import CalibrationError, ModelError
 from trdq_core.events import OnEvent, Progress, ignore
-from trdq_core.fitting import FittedInput, FittedSet, fit_input
+from trdq_core.fitting import FittedInput, fit_input
 from trdq_core.kernels import dispatch
 from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.input_grid import Range
@@ -27,9 +27,7 @@ from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext, TimeGroups
-from trdq_core.transforms.base import InputTransform
-from trdq_core.weights.rounding import quantize_weight
+from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 
 
 @dataclass
@@ -47,7 +45,7 @@ class Conversion:
     reconstruction: dict[str, Any] | None = None
     fused: dict[str, int] = field(default_factory=dict)  # how many attentions, feed-forwards and blocks run fused
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
-    argument: str = "timestep"  # of the denoiser's forward, that time groups follow
+    argument: TimeArgument | str = "timestep"  # of the denoiser's forward, that time groups follow
     calibration: str | None = None  # fingerprint of the statistics it was fitted to
 
     def __post_init__(self) -> None:
@@ -64,8 +62,9 @@ class Conversion:
     def facts(self) -> dict[str, Any]:
         """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers.
 
-        `packed_bits` are those of a file that packs every code tightly, scales and transforms included; `effective_bits`
-        those that this machine holds. Both per weight of the quantized layers.
+        `file_bytes` are those of the whole denoiser in a file with every code packed tightly. `packed_bits` are those of the
+        quantized layers in it, scales and transforms included; `effective_bits` those that this machine holds. Both per
+        weight of the quantized layers.
         """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
@@ -80,6 +79,7 @@ class Conversion:
             "fp_weight_bytes": 4 * count,
             "resident_bytes": module_bytes(self.denoiser) + sum(layer.dense_bytes for layer in layers.values()),
             "disk_bytes": self.switched.nbytes if self.switched else 0,
+            "file_bytes": module_bytes(self.denoiser) - weight_bytes + self.packed_bytes,
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,
@@ -127,7 +127,7 @@ def convert(
     *,
     backend: dispatch.Backend,
     storage_folder: Path,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
     seed: int = 0,
     on_event: OnEvent = ignore,
     cancelled: Callable[[], bool] | None = None,
@@ -140,18 +140,49 @@ def convert(
     `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
     attention products. CalibrationError names the one that a recipe needs and does not find.
     """
+    check_unquantized(denoiser, recipe)
     groups = groups_of(recipe, statistics)
     time = TimeContext(groups, (min(statistics.timesteps), max(statistics.timesteps)))
     copy = denoiser if in_place else share_copy(denoiser)
-    made_of = statistics.about.get("fingerprint")
-    conversion = Conversion(copy, recipe, time, layers=tuple(layers), argument=argument, calibration=made_of)
-    steps_of_sets = set_steps(recipe, statistics)
+    conversion = Conversion(
+        copy, recipe, time, layers=tuple(layers), argument=argument, calibration=statistics.about.get("fingerprint")
+    )
     inputs = group_inputs(layers, recipe)
     curvature = _curvature(inputs, passes)
     progress = Progress("fit", len(inputs), on_event=on_event, cancelled=cancelled, recipe=recipe.name)
+    fits = _fit_inputs(denoiser, inputs, recipe, statistics, curvature, progress, seed)
+    ranges = static_ranges(fits, groups, statistics, passes)
+    if recipe.reconstruction is not None:
+        fits, conversion.reconstruction = passes.reconstructed(fits, ranges, recipe)
+    while fits:  # emptied as it goes, so that packed and unpacked integers are not held together
+        fitted = fits.pop(0)
+        install_input(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name, ()))
+        conversion.fitted.append(without_weights(fitted))
+    if recipe.storage == "switched" and len(set_steps(recipe, statistics)) > 1:
+        _switch(conversion, storage_folder, statistics)
+    conversion.fused = fuse(copy)
+    if recipe.sharing is not None:
+        conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
+    if recipe.attention is not None:
+        conversion.attention = passes.quantized_attention(copy, recipe.attention, groups, time)
+    time.attach(copy, argument)
+    return conversion
+
+
+def _fit_inputs(
+    denoiser: nn.Module,
+    inputs: Sequence[InputGroup],
+    recipe: Recipe,
+    statistics: Statistics,
+    curvature: dict[str, OutputSamples],
+    progress: Progress,
+    seed: int,
+) -> list[FittedInput]:
+    """Every quantized input of a denoiser, fitted in model order."""
+    steps_of_sets = set_steps(recipe, statistics)
     fits: list[FittedInput] = []
     for index, group in enumerate(inputs):
-        weights = {layer.name: _linear(denoiser, layer.name).weight.detach() for layer in group.layers}
+        weights = {layer.name: linear_of(denoiser, layer.name).weight.detach() for layer in group.layers}
         fitted = fit_input(
             group,
             weights,
@@ -163,26 +194,11 @@ def convert(
         )
         fits.append(fitted)
         progress.advance(group.layers[0].name)
-    ranges = static_ranges(fits, groups, statistics, passes)
-    if recipe.reconstruction is not None:
-        fits, conversion.reconstruction = passes.reconstructed(fits, ranges, recipe)
-    while fits:  # emptied as it goes, so that packed and unpacked integers are not held together
-        fitted = fits.pop(0)
-        _install(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name, ()))
-        conversion.fitted.append(_without_weights(fitted))
-    if recipe.storage == "switched" and len(steps_of_sets) > 1:
-        _switch(conversion, storage_folder, statistics)
-    conversion.fused = fuse(copy)
-    if recipe.sharing is not None:
-        conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
-    if recipe.attention is not None:
-        conversion.attention = passes.quantized_attention(copy, recipe.attention, groups, time)
-    time.attach(copy, argument)
-    return conversion
+    return fits
 
 
 def convert_sharing_only(
-    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: str = "timestep"
+    denoiser: nn.Module, layers: Sequence[LayerInfo], recipe: Recipe, *, argument: TimeArgument | str = "timestep"
 ) -> Conversion:
     """A full-precision copy that only shares attention: nothing is fitted, so it takes no statistics."""
     assert recipe.sharing is not None and not recipe.quantized  # the caller asked for nothing else
@@ -190,58 +206,13 @@ def convert_sharing_only(
     return Conversion(copy, recipe, time, sharing=sharing, layers=tuple(layers), argument=argument)
 
 
-def convert_without_data(
-    denoiser: nn.Module,
-    layers: Sequence[LayerInfo],
-    recipe: Recipe,
-    *,
-    backend: dispatch.Backend,
-    argument: str = "timestep",
-) -> Conversion:
-    """Quantize `denoiser` itself, no copy, with a recipe that takes no calibration; its weights are let go one by one.
-
-    RecipeError names what the recipe would have to be calibrated for. The bits are those that `convert` gives.
-    """
-    reason = needs_data(recipe)
-    if reason is not None:
-        raise RecipeError(
-            f"{recipe.name}: {reason}, so it has to be calibrated; run python -m trdq_core save --model MODEL --recipe "
-            f"{recipe.name} and load the folder it writes, give the calibration, or use a recipe such as rtn-w8a8."
+def check_unquantized(denoiser: nn.Module, recipe: Recipe) -> None:
+    """ModelError if `denoiser` is what a conversion made, such as a saved model that was loaded."""
+    found = getattr(denoiser, "trdq_conversion", None)
+    if isinstance(found, Conversion):
+        raise ModelError(
+            f"{recipe.name}: this model is quantized already, with {found.recipe.name}; load the full-precision one."
         )
-    conversion = Conversion(denoiser, recipe, TimeContext(TimeGroups()), layers=tuple(layers), argument=argument)
-    for group in group_inputs(layers, recipe):
-        spec, activation = group.rule.weight, group.rule.activation
-        assert spec is not None  # groups only hold quantized layers
-        weights = {
-            layer.name: quantize_weight(_linear(denoiser, layer.name).weight.detach().double(), spec, layer=layer.name)
-            for layer in group.layers
-        }
-        one = FittedSet(InputTransform(), weights, clip=1.0 if activation is None else activation.clip)
-        fitted = FittedInput(group, (one,), (), 0.0, 0.0, True)
-        _install(conversion, fitted, denoiser, backend, ())
-        conversion.fitted.append(_without_weights(fitted))
-    conversion.fused = fuse(denoiser)
-    if recipe.sharing is not None:
-        conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)
-    conversion.time.attach(denoiser, argument)
-    return conversion
-
-
-def needs_data(recipe: Recipe) -> str | None:
-    """What a recipe cannot be fitted for without a calibration, None if weights are all it looks at."""
-    if recipe.attention is not None:
-        return "its attention products have static grids"
-    for rule in recipe.rules:
-        activation = rule.activation
-        if any(rule.chains):
-            return "its transforms are fitted to activations"
-        if rule.low_rank is not None or rule.rounding != "nearest" or (rule.weight and rule.weight.range == "output"):
-            return "its weights are fitted to activations"
-        if activation is not None and not activation.dynamic:
-            return "its activation ranges are static"
-        if activation is not None and activation.range == "mse":
-            return "its clipping of activations is searched"
-    return None
 
 
 def groups_of(recipe: Recipe, statistics: Statistics) -> TimeGroups:
@@ -293,7 +264,8 @@ def set_steps(recipe: Recipe, statistics: Statistics) -> list[list[int]]:
     return [statistics.steps_of(groups, group) for group in range(groups.count)]
 
 
-def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
+def linear_of(denoiser: nn.Module, name: str) -> nn.Linear:
+    """The linear called `name`; CalibrationError if something else is there."""
     module = denoiser.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise CalibrationError(
@@ -302,12 +274,13 @@ def _linear(denoiser: nn.Module, name: str) -> nn.Linear:
     return module
 
 
-def _without_weights(fitted: FittedInput) -> FittedInput:
+def without_weights(fitted: FittedInput) -> FittedInput:
+    """What is known of an input, without its integers."""
     # The integers now live in the layers; keeping them here too would double the memory of the quantized model.
     return fitted._replace(sets=tuple(one._replace(weights={}) for one in fitted.sets))
 
 
-def _install(
+def install_input(
     conversion: Conversion,
     fitted: FittedInput,
     denoiser: nn.Module,
@@ -330,7 +303,7 @@ def _install(
     for index, layer in enumerate(fitted.group.layers):
         quantized = QuantizedLinear(
             [one.weights[layer.name] for one in sets],
-            _linear(denoiser, layer.name).bias,
+            linear_of(denoiser, layer.name).bias,
             quantizer,
             owns_input=index == 0,
             low_rank_up=[one.low_rank_up[layer.name] for one in sets] if downs else (),

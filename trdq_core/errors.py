@@ -30,6 +30,10 @@ class BackendUnavailable(TRDQError, RuntimeError):
     """A kernel backend was asked for by name and cannot run here."""
 
 
+class PeerError(TRDQError, RuntimeError):
+    """Another tool that recipes are compared with is not installed, or could not convert or run the model."""
+
+
 class StorageError(TRDQError, OSError):
     """A file could not be written or read: disk full, no permission, folder gone."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from skimage.metrics import structural_similarity
@@ -74,6 +74,37 @@ def compare_clips(clip: np.ndarray, reference: np.ndarray) -> ClipMetrics:
         motion_ratio(clip, reference),
         worst_frame(curve),
     )
+
+
+class Likeness(NamedTuple):
+    """How close a picture or a clip is to its reference; infinite PSNR means that they are equal."""
+
+    psnr: float  # dB; of a clip the mean over the frames that differ
+    ssim: float  # of a clip the mean over its frames
+    clip: ClipMetrics | None  # None for pictures
+
+
+def likeness(output: np.ndarray, reference: np.ndarray) -> Likeness:
+    """What `psnr` and `ssim` say of two pictures (height, width, 3), or `compare_clips` of two clips; all uint8."""
+    if output.ndim != 4:
+        return Likeness(psnr(output, reference), ssim(output, reference), None)
+    found = compare_clips(output, reference)
+    mean = finite_mean(found.psnr)
+    return Likeness(math.inf if mean is None else mean, sum(found.ssim) / len(found.ssim), found)
+
+
+def clip_row(clips: Sequence[ClipMetrics]) -> dict[str, Any]:
+    """The fields of a report row that only clips have: curves and values of each, and means; infinities become None."""
+    ratios = [clip.motion_ratio for clip in clips if clip.motion_ratio is not None]
+    return {
+        "frame_psnr": [[value if math.isfinite(value) else None for value in clip.psnr] for clip in clips],
+        "frame_ssim": [clip.ssim for clip in clips],
+        "temporal_error": [clip.temporal_error for clip in clips],
+        "motion_ratio": [clip.motion_ratio for clip in clips],
+        "worst_frame": [clip.worst_frame for clip in clips],
+        "temporal_error_mean": finite_mean([clip.temporal_error for clip in clips]),
+        "motion_ratio_mean": finite_mean(ratios),
+    }
 
 
 def temporal_error(clip: np.ndarray, reference: np.ndarray) -> float:

@@ -11,8 +11,10 @@ from torch import Tensor, nn
 
 from trdq_core.errors import CalibrationError
 from trdq_core.statistics import FP16_MAX, LayerStatistics
-from trdq_core.timegroups import TimeContext
+from trdq_core.timegroups import TimeArgument, TimeContext
 from trdq_core.transforms.base import InputTransform
+
+TEXT_MASKS = ("encoder_attention_mask", "encoder_hidden_states_mask", "text_embedding_mask")
 
 
 class Observer(Protocol):
@@ -62,10 +64,17 @@ class InputObserver:
         """Timesteps of the present prompt, in the order they were sampled."""
         return list(self._calls)
 
+    @property
+    def silent(self) -> bool:
+        """Whether its linear was never called: some models use the weights of one without calling it."""
+        return not self._calls and self._finished is None
+
     def finish(self) -> None:
         """The present prompt is done: add it to what is kept."""
-        item_absmax = torch.stack([torch.cat(absmax) for absmax, _ in self._calls.values()])
-        rows = torch.stack([torch.cat(parts) for _, parts in self._calls.values()])
+        if self.silent:
+            return
+        item_absmax = _evened([torch.cat(absmax) for absmax, _ in self._calls.values()])
+        rows = _evened([torch.cat(parts) for _, parts in self._calls.values()])
         self.keep(LayerStatistics(item_absmax, rows))
 
     def keep(self, statistics: LayerStatistics) -> None:
@@ -77,6 +86,13 @@ class InputObserver:
         """The statistics of all finished prompts."""
         assert self._finished is not None  # asked for only after a prompt was finished
         return self._finished
+
+
+def _evened(steps: Sequence[Tensor]) -> Tensor:
+    """(timesteps, most, channels) of tensors (any, channels). Steps with fewer calls, where a sampler leaves guidance out,
+    repeat what they have, so that each timestep counts the same."""
+    most = max(len(one) for one in steps)
+    return torch.stack([one if len(one) == most else one[torch.arange(most) % len(one)] for one in steps])
 
 
 class RangeObserver:
@@ -130,17 +146,18 @@ def observing(
     observers: Mapping[str, Observer],
     time: TimeContext,
     *,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
     text_inputs: Collection[str] = (),
 ) -> Iterator[None]:
     """Let each observer watch the input of the linear it is listed under; all hooks are gone afterwards.
 
     Observers of `text_inputs` see no padding, which is most of a short prompt and which attention masks out.
     """
-    text = TextMask()
-    handles = [time.attach(denoiser, argument), denoiser.register_forward_pre_hook(text.follow, with_kwargs=True)]
+    text, items = TextMask(), CallItems()
+    handles = [time.attach(denoiser, argument)]
+    handles += [denoiser.register_forward_pre_hook(one.follow, with_kwargs=True) for one in (text, items)]
     for name, observer in observers.items():
-        hook = _watch(observer, text if name in text_inputs else None)
+        hook = _watch(observer, items, text if name in text_inputs else None)
         handles.append(denoiser.get_submodule(name).register_forward_pre_hook(hook))
     try:
         yield
@@ -157,7 +174,7 @@ class TextMask:
 
     def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
         """Take the mask (batch, tokens) of a call, if it has one; other forms say nothing of padding."""
-        mask = kwargs.get("encoder_attention_mask")
+        mask = next((kwargs[name] for name in TEXT_MASKS if name in kwargs), None)
         self._mask = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
 
     def visible(self, x: Tensor) -> Tensor | None:
@@ -167,8 +184,27 @@ class TextMask:
         return self._mask
 
 
-def _watch(observer: Observer, text: TextMask | None) -> Any:
+class CallItems:
+    """How many items, pictures or clips of one branch each, the present call of the denoiser holds."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def follow(self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Take the batch size of a call, that of its latents."""
+        latents = args[0] if args else kwargs.get("hidden_states")
+        self._count = len(latents) if isinstance(latents, Tensor) else 0
+
+    def joined(self, x: Tensor) -> Tensor:
+        """x (items, tokens, channels). Blocks of a video model read (items * frames, patches, channels) or (items * patches,
+        frames, channels): there the tokens of a clip come together, so that statistics do not grow with its frames."""
+        parts = x.shape[0] // self._count if self._count and x.dim() == 3 and x.shape[0] % self._count == 0 else 1
+        return x.reshape(self._count, -1, x.shape[-1]) if parts > 1 else x
+
+
+def _watch(observer: Observer, items: CallItems, text: TextMask | None) -> Any:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:  # returning anything would replace the input
-        observer.observe(args[0], None if text is None else text.visible(args[0]))
+        mask = None if text is None else text.visible(args[0])
+        observer.observe(items.joined(args[0]) if mask is None else args[0], mask)
 
     return hook

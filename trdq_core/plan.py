@@ -92,6 +92,10 @@ def set_count(recipe: Recipe, steps: int) -> int:
 
 def make_plan(layers: Sequence[LayerInfo], recipe: Recipe, *, steps: int = 20, backend: dispatch.Backend) -> Plan:
     """The plan table of `recipe` for a model's linears; RecipeError or ShapeError if a layer cannot take its rule."""
+    if recipe.peer is not None:
+        raise RecipeError(
+            f"{recipe.name}: another tool makes its own plan; measure it with profile, compare or evaluate."
+        )
     if recipe.quantized and not any(rule_for(layer, recipe) for layer in layers):
         raise RecipeError(f"{recipe.name}: no linear of this model matches a rule; check roles and match patterns.")
     sets = set_count(recipe, steps)
@@ -200,6 +204,8 @@ def _kept(layer: LayerInfo, recipe: Recipe) -> LayerPlan:
         "embed": "embedder: runs once a step and is sensitive",
         "modulation": "modulation: a few rows a step, and its errors scale every channel",
         "final": "final projection: its error goes straight into the latents",
+        "uncalled": "sampling never calls it as a layer, so nothing is known of its input",
+        "skip": "long skip connection: its input is two streams of different size side by side",
         "other": "its role could not be told from the model's structure",
     }
     reason = reasons.get(layer.role, "no rule of the recipe names its role") if recipe.quantized else "full precision"

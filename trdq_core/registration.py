@@ -20,7 +20,7 @@ NAME = "trdq"
 EXPORTS = {
     "TRDQConfig": "trdq_core.adapters.quantizer",
     "save_quantized": "trdq_core.adapters.saving",
-    "quantize": "trdq_core.adapters.saving",
+    "quantize": "trdq_core.saving",
 }
 
 

@@ -19,7 +19,7 @@ from trdq_core.folders import (
     new_run_folder,
     read_calibration,
 )
-from trdq_core.models import ModelInfo, find_folder, layers_of_model, models
+from trdq_core.models import ModelInfo, find_folder, layers_of_model, models, notes_of_model
 from trdq_core.specs import Recipe, RunSpec
 
 if TYPE_CHECKING:
@@ -40,7 +40,9 @@ def plan(model: str, recipe: Recipe, *, backend: str | None = None, steps: int =
     from trdq_core.plan import make_plan
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return make_plan(layers_of_model(model), recipe, steps=steps, backend=dispatch.select_backend(device, backend))
+    chosen = dispatch.select_backend(device, backend)
+    made = make_plan(layers_of_model(model), recipe, steps=steps, backend=chosen)
+    return made._replace(notes=(*made.notes, *notes_of_model(model))) if recipe.quantized else made
 
 
 def find_calibration(spec: RunSpec) -> CalibrationInfo | None:

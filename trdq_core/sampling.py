@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core import branches
+from trdq_core.errors import RecipeError, ShapeError
 from trdq_core.plan import LayerInfo
+from trdq_core.timegroups import TimeArgument
 
 OnStep = Callable[[int, float, Tensor], None]  # step, timestep, latents after it
 
@@ -25,12 +27,41 @@ class Conditioning(NamedTuple):
 
 
 def join(conditionings: Sequence[Conditioning]) -> Conditioning:
-    """Several prompts as one batch: their tensors one after the other along the first axis."""
+    """Several prompts as one batch: their tensors one after the other along the first axis.
+
+    ShapeError where their embeddings are of different lengths, as in pipelines that do not pad.
+    """
     names = conditionings[0].tensors
+    for one in conditionings[1:]:
+        odd = [name for name in names if one.tensors[name].shape[1:] != conditionings[0].tensors[name].shape[1:]]
+        if odd:
+            raise ShapeError(
+                f"prompts: {odd[0]} of {conditionings[0].prompt[:40]!r} and {one.prompt[:40]!r} are of different lengths, and "
+                "this pipeline pads none; sample them one at a time, with sample or compare."
+            )
     return Conditioning(
         "; ".join(one.prompt for one in conditionings),
         {name: torch.cat([one.tensors[name] for one in conditionings]) for name in names},
     )
+
+
+def check_branches(model: SampledModel) -> None:
+    """RecipeError if the guidance branches of a model's calls are in an order in which nothing can be shared or compared."""
+    if getattr(model, "guidance_layout", "joint") == "joint_reversed":
+        raise RecipeError(
+            f"model {model.name}: its pipeline puts the conditional half of a batch first, and attention is compared and shared "
+            "where the unconditional half comes first; leave sharing out."
+        )
+
+
+class ClipShape(NamedTuple):
+    """The clips that a model makes: how many frames, their size in pixels, and frames a second. None where only a decoded
+    clip shows it."""
+
+    frames: int | None
+    height: int | None
+    width: int | None
+    fps: float
 
 
 class Trajectory(NamedTuple):
@@ -46,9 +77,10 @@ class SampledModel(Protocol):
 
     name: str
     denoiser: nn.Module
-    timestep_argument: str
+    timestep_argument: TimeArgument | str
     device: torch.device
     dtype: torch.dtype
+    clip: ClipShape | None  # None where it makes pictures
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the denoiser with its role and the leader of the input it reads."""

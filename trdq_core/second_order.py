@@ -20,7 +20,7 @@ from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.sampling import SampledModel, sample
 from trdq_core.scale_search import OutputSamples
 from trdq_core.statistics import FP16_MAX
-from trdq_core.timegroups import timestep_value
+from trdq_core.timegroups import TimeArgument, time_argument
 
 CALLS = 32  # denoiser calls that are replayed with gradients, at most
 
@@ -82,7 +82,7 @@ def replay(
     rows: int,
     probes: int,
     seed: int,
-    argument: str = "timestep",
+    argument: TimeArgument | str = "timestep",
 ) -> dict[str, OutputSamples]:
     """One call of the denoiser again, with gradients: for each layer it calls, `rows` random tokens (all, if fewer)."""
     seen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -101,7 +101,7 @@ def replay(
         for name, gradient in zip(seen, gradients, strict=True):
             if gradient is not None:  # an output that nothing depends on
                 sums[name] += gradient.flatten(0, -2)[tokens[name]].float().square().cpu()
-    timestep = timestep_value(call.kwargs[argument])
+    timestep = time_argument(argument).value(call.args, call.kwargs)
     return {
         name: OutputSamples(
             x[tokens[name].to(x.device)].clamp(-FP16_MAX, FP16_MAX).half().cpu(),
@@ -178,10 +178,15 @@ def _watching(denoiser: nn.Module, layers: Sequence[str], seen: dict[str, tuple[
 
 def _prediction(output: Any, call: Call) -> Tensor:
     """The part of the denoiser's output that a sampler uses: a learned variance, channels beyond those of the latents, is not."""
-    value = output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output)
-    tensors = (part for part in (*call.args, *call.kwargs.values()) if isinstance(part, Tensor))
-    latents = next(part for part in tensors if part.dim() == value.dim())
+    value = _stacked(output[0] if isinstance(output, (tuple, list)) else getattr(output, "sample", output))
+    tensors = (_stacked(part) for part in (*call.args, *call.kwargs.values()))
+    latents = next(part for part in tensors if isinstance(part, Tensor) and part.dim() == value.dim())
     return value[:, : latents.shape[1]]
+
+
+def _stacked(value: Any) -> Any:
+    """Items that a denoiser takes or gives as a list, as one tensor."""
+    return torch.stack(value) if isinstance(value, list) and value and isinstance(value[0], Tensor) else value
 
 
 def _tokens(count: int, rows: int, seed: int) -> Tensor:

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from trdq_core.calibration import calibrate, calibration_fingerprint, store
 from trdq_core.convert import Conversion, convert, convert_sharing_only
-from trdq_core.errors import CalibrationError, StorageError
+from trdq_core.errors import CalibrationError, PeerError, StorageError
 from trdq_core.events import Progress
 from trdq_core.folders import RunFolder, data_folder, list_calibrations
 from trdq_core.kernels import dispatch
 from trdq_core.model_passes import make_passes
-from trdq_core.sampling import Conditioning, SampledModel, Trajectory
+from trdq_core.outputs import OutputWriter
+from trdq_core.peers.convert import PeerConversion, Sampling, convert_peer
+from trdq_core.sampling import Conditioning, SampledModel, Trajectory, check_branches
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
@@ -31,7 +34,12 @@ class Session:
     backend: dispatch.Backend
     conditionings: list[Conditioning] = field(default_factory=list)
     references: list[Trajectory] = field(default_factory=list)
-    pictures: list[np.ndarray] = field(default_factory=list)
+    pictures: list[np.ndarray] = field(default_factory=list)  # of the reference; clips where the model makes clips
+
+    @cached_property
+    def outputs(self) -> OutputWriter:
+        """Where pictures and clips go; one for the run, so that it warns of a missing codec once."""
+        return OutputWriter(self.folder, self.model.clip)
 
     def stage(self, stage: str, label: str, recipe: str | None = None) -> None:
         """Tell that a stage begins."""
@@ -85,11 +93,15 @@ def statistics_for(session: Session, report: dict[str, Any]) -> Statistics:
 
 def changes(recipe: Recipe) -> bool:
     """Whether a recipe changes anything in the denoiser; the reference does not."""
-    return recipe.quantized or recipe.sharing is not None
+    return recipe.quantized or recipe.sharing is not None or recipe.peer is not None
 
 
-def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None) -> Conversion:
-    """The denoiser changed by `recipe`; one that only shares attention takes no statistics."""
+def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None) -> Conversion | PeerConversion:
+    """The denoiser changed by `recipe`; one that only shares attention, or names another tool, takes no statistics."""
+    if recipe.peer is not None:
+        return _hand_to_peer(session, recipe)
+    if recipe.sharing is not None:
+        check_branches(session.model)
     if not recipe.quantized:
         model = session.model
         return convert_sharing_only(model.denoiser, model.linears(), recipe, argument=model.timestep_argument)
@@ -118,3 +130,22 @@ def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None)
         passes=passes,
         **reports,
     )
+
+
+def _hand_to_peer(session: Session, recipe: Recipe) -> PeerConversion:
+    """The denoiser as another tool converts it, on the calibration prompts if it asks for any."""
+    spec = session.spec
+    session.stage("fit", f"Handing the model to {recipe.name}", recipe.name)
+    return convert_peer(
+        session.model,
+        recipe,
+        Sampling(spec.calibration_prompts or spec.prompts, spec.steps, spec.guidance, spec.seed),
+        on_event=session.folder.emit,
+        cancelled=session.cancelled,
+    )
+
+
+def failed_row(session: Session, error: PeerError) -> dict[str, Any]:
+    """The row of another tool that is not there or did not run: the sentence that says why. The others go on."""
+    session.folder.emit({"kind": "warning", "text": f"Left out: {error}"})
+    return {"kind": "failed", "error": str(error), "simulated": False}

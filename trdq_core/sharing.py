@@ -15,7 +15,7 @@ from trdq_core.nn.modules import share_copy
 from trdq_core.nn.steps import ReusingAttention, StepMemory
 from trdq_core.plan import LayerInfo
 from trdq_core.specs import SharingSpec
-from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def _blocks_of(lists: tuple[tuple[int, ...], ...]) -> dict[int, frozenset[int]]:
 
 
 def shared_copy(
-    denoiser: nn.Module, layers: Iterable[LayerInfo], spec: SharingSpec, *, argument: str = "timestep"
+    denoiser: nn.Module, layers: Iterable[LayerInfo], spec: SharingSpec, *, argument: TimeArgument | str = "timestep"
 ) -> tuple[nn.Module, TimeContext, Sharing]:
     """A full-precision copy with sharing, weights shared with the original, which is untouched."""
     copy, time = share_copy(denoiser), TimeContext(TimeGroups(spec.edges))

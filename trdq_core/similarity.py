@@ -20,7 +20,7 @@ from trdq_core.nn.attention import check_attention
 from trdq_core.nn.attention_gap import Gap, MeasuringAttention, measure_gap
 from trdq_core.nn.guided_forward import first_tensor
 from trdq_core.nn.modules import share_copy
-from trdq_core.sampling import SampledModel, sample
+from trdq_core.sampling import SampledModel, check_branches, sample
 from trdq_core.sharing import self_attentions
 from trdq_core.sharing_plans import plan_sharing, predict
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -82,6 +82,7 @@ def measure_similarity(
         raise CalibrationError(
             "similarity: it takes at least one prompt and a guidance above 1, else there is one branch."
         )
+    check_branches(model)
     started = time.monotonic()
     denoiser, context = share_copy(model.denoiser), TimeContext(TimeGroups())
     context.attach(denoiser, model.timestep_argument)
@@ -102,7 +103,7 @@ def measure_similarity(
             )  # fmt: skip
     about = {
         "model": model.name, "prompts": list(prompts), "steps": steps, "guidance": guidance, "seed": seed,
-        "blocks": self_attentions(model.linears()), "tokens": processors[0].tokens,
+        "blocks": self_attentions(model.linears()), "tokens": processors[0].tokens, "frames": processors[0].parts,
         "channels": next(layer.in_features for layer in model.linears() if layer.role == "self_q"),
         "dtype_bytes": model.dtype.itemsize,
         "denoiser_flops": denoiser_flops(model.denoiser, *guidance_hook.call) if guidance_hook.call else None,

@@ -30,7 +30,7 @@ FP16_MAX = 65504.0
 class LayerStatistics:
     """One input tensor: `item_absmax` (timesteps, items, channels) and `rows` (timesteps, rows, channels), both fp16.
 
-    An item is one picture of one guidance branch; the rows are a random sample of its tokens.
+    An item is one picture or clip of one guidance branch; the rows are a random sample of its tokens.
     """
 
     item_absmax: Tensor

@@ -102,6 +102,21 @@ def models_text(models: Iterable[Any]) -> str:
     return _left(("model", "kind", "at hand", "folder", "what it is"), rows, columns=range(5))
 
 
+def cleaned_text(found: Sequence[Any], *, dry_run: bool) -> str:
+    """What was removed from the data folder, or would be."""
+    if not found:
+        return "Nothing is that old."
+    rows = [(one.path.parent.name, one.path.name, f"{one.days:.0f}", size(one.nbytes)) for one in found]
+    total, word = size(sum(one.nbytes for one in found)), "would be removed" if dry_run else "removed"
+    return table(("kind", "name", "days", "bytes"), rows, left=2) + f"\n\n{total} {word}."
+
+
+def peers_text(peers: Iterable[tuple[str, str | None, str]]) -> str:
+    """The table of other tools: name, what is missing of each, what it is."""
+    rows = [(name, "yes" if missing is None else f"no: {missing}", words) for name, missing, words in peers]
+    return _left(("peer", "at hand", "what it is"), rows, columns=range(3))
+
+
 def report_text(report: Mapping[str, Any]) -> str:
     """What a run ended with, as a table with a row for each recipe and lines on how it was measured."""
     recipes: Mapping[str, Mapping[str, Any]] = report.get("recipes") or {}
@@ -120,9 +135,11 @@ def report_text(report: Mapping[str, Any]) -> str:
             lines.append(
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
+        lines += [f"left out: {facts['error']}" for facts in recipes.values() if facts.get("kind") == "failed"]
     if any(facts.get("split") for facts in recipes.values()):
         lines += ["", *profile_lines(report)]
     lines += _sharing_lines(report)
+    lines += _saved_lines(report.get("saved"))
     return "\n".join(line for line in lines if line is not None)
 
 
@@ -141,16 +158,35 @@ def _head(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequen
     return rows[0], rows[1:]
 
 
+def _saved_lines(saved: Mapping[str, Any] | None) -> list[str]:
+    """Where a saved model is, what it weighs, and whether it came back as it was."""
+    if saved is None:
+        return []
+    verdict = {
+        True: "Loaded again, it samples the same bits.",
+        False: "Loaded again, it does NOT sample the same bits.",
+    }
+    lines = [
+        "",
+        f"The model is in {saved['folder']}: {size(saved['bytes'])}, of which {size(saved['denoiser_bytes'])} are the "
+        f"denoiser's, {size(saved['fp_denoiser_bytes'])} in full precision.",
+        verdict.get(saved["bit_equal"], "It was not loaded again."),
+    ]
+    return lines + ([f"It was uploaded to {saved['hub']}."] if saved["hub"] else [])
+
+
 def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A table for each bit-width, best first, and a line for each recipe that failed."""
     lines: list[str] = []
+    clips = tables.has_clips(recipes)
     for section in tables.sections(recipes):
         lines += ["", section.title]
         if section.title == "failed":
             lines += [f"{name}: {recipes[name]['error']}" for name in section.recipes]
         else:
-            lines.append(table(tables.HEADER, (tables.cells(name, recipes[name]) for name in section.recipes)))
-    return [*lines, "", tables.NOTE]
+            rows = (tables.cells(name, recipes[name], clips=clips) for name in section.recipes)
+            lines.append(table(tables.header(clips=clips), rows))
+    return [*lines, "", tables.note(clips=clips)]
 
 
 def _sensitivity_lines(found: Mapping[str, Any]) -> list[str]:
@@ -247,7 +283,8 @@ def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:
 
 
 _RESULT_HEADER = (
-    "recipe", "PSNR dB", "SSIM", "SQNR dB", "step ms (p10-p90)", "run ms", "weights", "of FP32", "bits", "peak RAM",
+    "recipe", "PSNR dB", "SSIM", "temporal error", "motion", "SQNR dB", "step ms (p10-p90)", "run ms", "weights", "of FP32",
+    "bits", "peak RAM",
 )  # fmt: skip
 
 
@@ -261,6 +298,8 @@ def _result_row(name: str, facts: Mapping[str, Any]) -> tuple[str, ...]:
         label,
         "identical" if facts.get("identical") else number(facts.get("psnr"), 2),
         "identical" if facts.get("identical") else number(facts.get("ssim"), 4),
+        number(facts.get("temporal_error_mean"), 2),
+        number(facts.get("motion_ratio_mean"), 3),
         number(facts.get("mean_latent_sqnr_db"), 2),
         f"{number(step.get('median'))} ({number(step.get('p10'))}-{number(step.get('p90'))})" if step
         else ("simulated" if facts.get("simulated") else NONE),

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from trdq_core.errors import RecipeError
+from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.specs import TIME_SPAN, TimeGroupSpec
 
 SMALLEST_ABSMAX = 1e-5  # a channel that never moves has no logarithm
@@ -100,6 +100,48 @@ def segment_cuts(absmax: Sequence[torch.Tensor], count: int) -> list[int]:
     return cuts[::-1]
 
 
+class TimeArgument(NamedTuple):
+    """Where a denoiser is told the time, and how that value maps onto the axis [0, 1000] on which large means noise.
+
+    `name` and `position` say which argument of its forward it is; calls give it either way. Flow-matching denoisers count
+    from 0 to 1 (`scale` 1000), and some from noise at 0 upwards (`flipped`): 1000 minus the scaled value is the time.
+    """
+
+    name: str = "timestep"
+    position: int | None = None
+    scale: float = 1.0
+    flipped: bool = False
+
+    def value(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> float:
+        """The time of a call on the axis. CalibrationError if the call does not say it."""
+        if self.name in kwargs:
+            told = kwargs[self.name]
+        elif self.position is not None and self.position < len(args):
+            told = args[self.position]
+        else:
+            raise CalibrationError(
+                f"time: a call of the denoiser has no argument {self.name!r}; the quantized layers cannot tell their group."
+            )
+        scaled = timestep_value(told) * self.scale
+        return TIME_SPAN - scaled if self.flipped else scaled
+
+    def moved(
+        self, args: Sequence[Any], kwargs: Mapping[str, Any], timestep: float
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The arguments of a call at another `timestep` of the axis."""
+        value = (TIME_SPAN - timestep if self.flipped else timestep) / self.scale
+        told = kwargs[self.name] if self.name in kwargs else args[self.position or 0]
+        there = torch.full_like(told, value) if isinstance(told, torch.Tensor) else type(told)(value)
+        if self.name in kwargs:
+            return tuple(args), {**kwargs, self.name: there}
+        return tuple(there if index == self.position else one for index, one in enumerate(args)), dict(kwargs)
+
+
+def time_argument(argument: TimeArgument | str | Sequence[Any]) -> TimeArgument:
+    """The argument as it is, as JSON keeps it, or the one of that name whose values are on the axis already."""
+    return TimeArgument(argument) if isinstance(argument, str) else TimeArgument(*argument)
+
+
 class TimeContext:
     """Where sampling is on the time axis: one per denoiser, set by one hook, read by its quantized layers."""
 
@@ -143,19 +185,22 @@ class TimeContext:
             for listener in self._listeners:
                 listener(group)
 
-    def attach(self, denoiser: nn.Module, argument: str = "timestep") -> torch.utils.hooks.RemovableHandle:
+    def attach(
+        self, denoiser: nn.Module, argument: TimeArgument | str = "timestep"
+    ) -> torch.utils.hooks.RemovableHandle:
         """Follow the `argument` of each forward call of `denoiser`. The handle removes the hook."""
+        told = time_argument(argument)
 
         def before_forward(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
             # Reading a tensor's value ends a graph of torch.compile, so it is left out where nothing depends on it.
             if self._follows and not (torch.compiler.is_compiling() and self.constant):
-                self._follow(kwargs[argument])
+                self._follow(told, args, kwargs)
 
         return denoiser.register_forward_pre_hook(before_forward, with_kwargs=True)
 
     @torch.compiler.disable
-    def _follow(self, timestep: torch.Tensor | float) -> None:
-        self.set(timestep_value(timestep))
+    def _follow(self, told: TimeArgument, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        self.set(told.value(args, kwargs))
 
     def _check_range(self, timestep: float) -> None:
         if self.calibrated is None or self._warned:

@@ -35,6 +35,7 @@ class Controls:
     applied: gr.State
     saved: gr.State
     model_line: gr.HTML
+    examples: gr.Dataset
     method_line: gr.HTML
     baseline_line: gr.HTML
     group_line: gr.HTML
@@ -78,15 +79,15 @@ def build(models: list[tuple[str, str]]) -> Controls:
 def _subject(models: list[tuple[str, str]]) -> dict[str, Any]:
     names = [name for _, name in models]
     first = forms.DEFAULT_MODEL if forms.DEFAULT_MODEL in names else (names[0] if names else None)
-    offered = prompts.examples()
+    offered = prompts.examples(str(first))
     model = gr.Dropdown(models, value=first, label="Model", elem_id="model", interactive=True)
-    line = gr.HTML()
+    line = gr.HTML(elem_id="model-line")
     prompt = gr.Textbox(offered[0], label="Prompt", lines=2, max_lines=4, elem_id="prompt", interactive=True)
-    gr.Examples(
+    examples = gr.Examples(
         [[text] for text in offered], prompt, label="Examples", cache_examples=False, api_visibility="private",
         elem_id="prompt-examples",
     )  # fmt: skip
-    return {"prompt": prompt, "model": model, "model_line": line}
+    return {"prompt": prompt, "model": model, "model_line": line, "examples": examples.dataset}
 
 
 def _quantization() -> dict[str, Any]:
@@ -159,6 +160,16 @@ def _buttons() -> dict[str, Any]:
         compare = gr.Button("Compare", variant="primary", elem_id="compare", min_width=80)
         cancel = gr.Button("Cancel", elem_id="cancel", min_width=80)
     return {"calibrate": calibrate, "compare": compare, "cancel": cancel}
+
+
+def of_model(controls: Controls, model: str, kind: str, prompt: Any) -> dict[Any, Any]:
+    """The updates that a newly chosen model asks for: its own prompts, and none where random weights draw nothing."""
+    drawn = kind != "speed"
+    return {
+        controls.prompt: gr.Textbox(prompts.kept(model, str(prompt or "")), visible=drawn),
+        controls.examples: gr.Dataset(samples=[[text] for text in prompts.examples(model)], visible=drawn),
+        controls.extra_prompts: gr.Slider(visible=drawn),
+    }
 
 
 def share_box(applied: AppliedPlan | None, ticked: bool = False) -> gr.Checkbox:

@@ -156,7 +156,7 @@ def cards(facts: dict[str, Any], reference: bool = False) -> str:
         times
         + _card("Weights", words.size(weight_bytes), f"{theory}{share} of full precision" if share else "")
         + _card("Peak memory", words.size(facts.get("peak_rss_bytes")), memory)
-        + (_as_reference() if reference else _quality(facts) + latent)
+        + (_as_reference(facts) if reference else _quality(facts) + latent)
         + _card("Effective bits", f"{bits:.2f}" if bits else "–", "" if reference else "a weight, scales included")
     )
     badges = kernel_badge(facts) + sharing_badge(facts)
@@ -199,9 +199,9 @@ def _card(name: str, value: str, tail: str = "", kind: str = "") -> str:
     return f'<div class="tr-card {kind}"><dt>{escape(name)}</dt><dd>{escape(value)}</dd><small>{escape(tail)}</small></div>'
 
 
-def _as_reference() -> str:
-    said = "this is the reference"
-    return "".join(_card(name, "–", said, "grey") for name in ("PSNR", "SSIM", "Latent SQNR"))
+def _as_reference(facts: dict[str, Any]) -> str:
+    said, clips = "this is the reference", ("Temporal error", "Motion ratio") if facts.get("frames") else ()
+    return "".join(_card(name, "–", said, "grey") for name in ("PSNR", "SSIM", *clips, "Latent SQNR"))
 
 
 def _quality(facts: dict[str, Any]) -> str:
@@ -212,9 +212,27 @@ def _quality(facts: dict[str, Any]) -> str:
     tail = f"± {spread:.1f}, {told}" if several and spread is not None else told
     ssim = facts.get("ssim")
     ssim_tail = f"± {ssim_spread:.3f}, {told}" if several and ssim_spread is not None else told
-    return _card("PSNR", psnr_text(facts) or "–", tail) + _card(
+    quality = _card("PSNR", psnr_text(facts) or "–", tail) + _card(
         "SSIM", f"{ssim:.3f}" if isinstance(ssim, (int, float)) else "–", ssim_tail
     )
+    if "temporal_error_mean" not in facts:
+        return quality
+    error, ratio = temporal_text(facts["temporal_error_mean"]), ratio_text(facts.get("motion_ratio_mean"))
+    return (
+        quality
+        + _card("Temporal error", error, "flicker that the reference lacks, RMS of 255")
+        + _card("Motion ratio", ratio, "1 moves as much as the reference")
+    )
+
+
+def temporal_text(value: Any) -> str:
+    """A temporal error in grey levels."""
+    return f"{value:.2f} levels" if isinstance(value, (int, float)) else "–"
+
+
+def ratio_text(value: Any) -> str:
+    """A motion ratio."""
+    return f"{value:.3f}" if isinstance(value, (int, float)) else "–"
 
 
 def _rejected(facts: dict[str, Any]) -> str:
@@ -239,34 +257,25 @@ def metrics_table(rows: list[tuple[str, dict[str, Any]]], floor: dict[str, Any] 
     """The recipes of a run as lines of numbers, the noise floor last."""
     if not rows:
         return notice("This run ended before it measured anything.", "info")
-    head = "".join(
-        f"<th>{name}</th>"
-        for name in (
-            "recipe",
-            "PSNR",
-            "SSIM",
-            "mean latent SQNR",
-            "step",
-            "end to end",
-            "weights",
-            "eff. bits",
-            "kernels",
-        )
-    )
+    clips = any("temporal_error_mean" in facts for _, facts in rows)
+    quality = ("PSNR", "SSIM", *(("temporal error", "motion ratio") if clips else ()), "mean latent SQNR")
+    names = ("recipe", *quality, "step", "end to end", "weights", "eff. bits", "kernels")
+    head = "".join(f"<th>{name}</th>" for name in names)
     lines = [*rows, ("Noise floor", floor)] if floor else rows
-    body = "".join(_metrics_row(name, facts or {}) for name, facts in lines)
+    body = "".join(_metrics_row(name, facts or {}, clips) for name, facts in lines)
     return (
         f'<div class="tr-table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
     )
 
 
-def _metrics_row(name: str, facts: dict[str, Any]) -> str:
+def _metrics_row(name: str, facts: dict[str, Any], clips: bool) -> str:
     ssim, sqnr, bits = facts.get("ssim"), facts.get("mean_latent_sqnr_db"), facts.get("effective_bits")
     reference = facts.get("kind") == "reference"
     cells = (
         name,
         "–" if reference else psnr_text(facts) or "–",
         f"{ssim:.3f}" if isinstance(ssim, (int, float)) and not reference else "–",
+        *(_motion_cells(facts) if clips else ()),
         f"{sqnr:.1f} dB" if isinstance(sqnr, (int, float)) and not reference else "–",
         words.spread(facts.get("step_ms"))[0],
         words.spread(facts.get("end_to_end_ms"))[0],
@@ -276,3 +285,7 @@ def _metrics_row(name: str, facts: dict[str, Any]) -> str:
     body = "".join(f'<td class="{"" if index == 0 else "num"}">{escape(cell)}</td>' for index, cell in enumerate(cells))
     badge = kernel_badge(facts) if facts.get("kind") in ("quantized", "shared") else ""
     return f"<tr>{body}<td>{badge}{sharing_badge(facts, short=True)}</td></tr>"
+
+
+def _motion_cells(facts: dict[str, Any]) -> tuple[str, str]:
+    return temporal_text(facts.get("temporal_error_mean")), ratio_text(facts.get("motion_ratio_mean"))

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from studio import plots
-from studio.components import html
+from studio.components import clips, html
 from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
@@ -39,6 +39,8 @@ class ResultView:
 
     run_id: gr.State
     same: gr.HTML
+    clip_prompt: gr.Dropdown
+    clips: gr.HTML
     columns: tuple[Column, ...]
     floor: gr.HTML
     details: gr.Column
@@ -58,7 +60,8 @@ class ResultView:
         """Everything that a stored run fills."""
         parts = [part for column in self.columns for part in (column.box, column.head, column.image, column.cards)]
         return [
-            self.run_id, self.same, *parts, self.floor, self.details, self.pictures, self.gain, self.prompt,
+            self.run_id, self.same, self.clip_prompt, self.clips, *parts, self.floor, self.details, self.pictures,
+            self.gain, self.prompt,
             self.left, self.right,
             self.wipe, self.difference,
             self.scale, self.sqnr, self.command, self.download,
@@ -69,13 +72,18 @@ def build() -> ResultView:
     """The widgets, empty; what looks closer is hidden until there is something to look at."""
     run_id = gr.State(None)
     same = gr.HTML()
+    with gr.Row(elem_classes="tr-choose"):
+        clip_prompt = gr.Dropdown(
+            [], label="Prompt of the run", elem_id="clip-prompt", interactive=True, visible=False, min_width=240
+        )
+    shown = clips.build()
     with gr.Row(elem_classes="tr-columns", equal_height=False):
         columns = tuple(_column(index) for index in range(len(ROLES)))
     floor = gr.HTML(elem_id="noise-floor")
     with gr.Column(visible=False, elem_id="details") as details:
         with gr.Column() as compared:
             closer = _closer()
-            sqnr = gr.Plot(plots.empty(SQNR_EMPTY), show_label=False, elem_id="sqnr")
+        sqnr = gr.Plot(plots.empty(SQNR_EMPTY), show_label=False, elem_id="sqnr")
         gr.HTML('<h3 class="tr-section">Keep and repeat</h3>')
         command = gr.Code(
             "", language="shell", label="The command that repeats this run", lines=1, interactive=False,
@@ -83,8 +91,8 @@ def build() -> ResultView:
         )  # fmt: skip
         download = gr.DownloadButton("Download everything", interactive=False, elem_id="download", size="md", scale=0)
     return ResultView(
-        run_id=run_id, same=same, columns=columns, floor=floor, details=details, pictures=compared, sqnr=sqnr, command=command,
-        download=download, **closer,
+        run_id=run_id, same=same, clip_prompt=clip_prompt, clips=shown, columns=columns, floor=floor, details=details,
+        pictures=compared, sqnr=sqnr, command=command, download=download, **closer,
     )  # fmt: skip
 
 
@@ -116,8 +124,15 @@ def _closer() -> dict[str, Any]:
     }  # fmt: skip
 
 
-def wire(view: ResultView, closer: Any) -> None:
-    """Draw the closer look again when its pair, prompt or gain changes; `closer` maps their values to the three outputs."""
+def wire(view: ResultView, closer: Any, player: Any) -> None:
+    """Draw the closer look again when its pair, prompt or gain changes; `closer` maps their values to the three outputs.
+
+    `player` maps the run and the prompt of a run of clips to its player.
+    """
+    view.clip_prompt.input(
+        player, [view.run_id, view.clip_prompt], view.clips, show_progress="hidden", trigger_mode="always_last",
+        api_visibility="private", concurrency_limit=4,
+    )  # fmt: skip
     inputs = [view.run_id, view.left, view.right, view.prompt, view.gain]
     for widget in (view.left, view.right, view.prompt, view.gain):
         widget.input(
@@ -126,11 +141,13 @@ def wire(view: ResultView, closer: Any) -> None:
         )  # fmt: skip
 
 
-def cleared(view: ResultView, names: list[str], same: str) -> Updates:
-    """The updates that empty the view before a new run with these recipes."""
+def cleared(view: ResultView, names: list[str], same: str, *, moving: bool = False) -> Updates:
+    """The updates that empty the view before a new run with these recipes; `moving` for one of clips."""
     updates: Updates = {
         view.run_id: None,
         view.same: f'<p class="tr-same">{same}</p>',
+        view.clip_prompt: gr.Dropdown(visible=False),
+        view.clips: "",
         view.floor: "",
         view.details: gr.Column(visible=False),
     }
@@ -139,20 +156,22 @@ def cleared(view: ResultView, names: list[str], same: str) -> Updates:
         updates |= {
             column.box: gr.Column(visible=bool(name)),
             column.head: html.column_head(ROLES[index], title_of(name, {}), "waiting"),
-            column.image: gr.Image(value=None, visible=True),
+            column.image: gr.Image(value=None, visible=not moving),
             column.cards: html.cards({}),
         }
     return updates
 
 
-def live(view: ResultView, run: LiveRun, names: list[str], changed: set[str]) -> Updates:
-    """The updates for the columns that changed while a run goes on."""
-    updates: Updates = {}
+def live(view: ResultView, run: LiveRun, names: list[str], changed: set[str], *, moving: bool = False) -> Updates:
+    """The updates for the columns that changed while a run goes on; `moving` for one of clips."""
+    updates: Updates = (
+        {view.clips: clips.live_strips(run, names, clips.published(view.clips))} if moving and changed else {}
+    )
     for index, name in enumerate(names[: len(view.columns)]):
         if name not in changed:
             continue
         column, facts = view.columns[index], run.results.get(name, {})
-        picture = pictures.load(run.pictures[name]) if name in run.pictures else None
+        picture = pictures.load(run.pictures[name]) if name in run.pictures and not moving else None
         if picture is not None:
             updates[column.image] = picture
         updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), run.steps.get(name) or "sampled")
@@ -164,7 +183,8 @@ def live(view: ResultView, run: LiveRun, names: list[str], changed: set[str]) ->
 def stored(view: ResultView, run: StoredRun) -> Updates:
     """The updates that show a stored run in full."""
     names = list(run.recipes)
-    shown = column_names(names)
+    shown, moving = column_names(names), clips.is_moving(run)
+    pictured = run.has_pictures and not moving
     updates: Updates = {view.run_id: run.id, view.same: _same(run), view.floor: _floor(run, shown)}
     for index, column in enumerate(view.columns):
         name = shown[index] if index < len(shown) else None
@@ -172,25 +192,35 @@ def stored(view: ResultView, run: StoredRun) -> Updates:
         if name is not None:
             facts = run.recipes[name]
             updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), under(name, facts, run))
-            updates[column.image] = gr.Image(value=run.picture(name, 0), visible=run.has_pictures)
+            updates[column.image] = gr.Image(value=run.picture(name, 0) if pictured else None, visible=pictured)
             updates[column.cards] = html.cards(facts, reference=facts.get("kind") == "reference")
     choices = [(title_of(name, run.recipes[name]), name) for name in names]
     left, right = (names[0], names[-1]) if names else (None, None)
     updates |= {
         view.details: gr.Column(visible=True),
-        view.pictures: gr.Column(visible=run.has_pictures),
+        view.pictures: gr.Column(visible=pictured),
         view.gain: FIRST_GAIN,
         view.left: gr.Dropdown(choices=choices, value=left),
         view.right: gr.Dropdown(choices=choices, value=right),
-        view.prompt: gr.Dropdown(choices=[(f"{i + 1}. {p}", i) for i, p in enumerate(run.prompts)], value=0),
-        view.sqnr: sqnr_figure(run),
+        view.prompt: gr.Dropdown(choices=_prompt_choices(run), value=0),
+        view.clip_prompt: gr.Dropdown(choices=_prompt_choices(run), value=0, visible=moving and len(run.prompts) > 1),
+        view.clips: player(view, run, 0) if moving else "",
+        view.sqnr: gr.Plot(sqnr_figure(run), visible=run.has_pictures),
         view.command: command_line(run),
         view.download: download_of(run),
     }
-    updates |= dict(
-        zip((view.wipe, view.difference, view.scale), closer_look(run, left, right, 0, FIRST_GAIN), strict=True)
-    )
-    return updates
+    look = closer_look(run, left, right, 0, FIRST_GAIN) if pictured else (None, None, "")
+    return updates | dict(zip((view.wipe, view.difference, view.scale), look, strict=True))
+
+
+def player(view: ResultView, run: StoredRun | None, prompt: Any) -> str:
+    """The player of a prompt's clips; one sentence where they cannot be gathered."""
+    if run is None:
+        return ""
+    try:
+        return clips.player(run, prompt if isinstance(prompt, int) else 0, clips.published(view.clips))
+    except TRDQError as error:
+        return html.notice(explain(error))
 
 
 def download_of(run: StoredRun) -> gr.DownloadButton:
@@ -228,6 +258,10 @@ def sqnr_figure(run: StoredRun) -> Any:
     colours = {title_of(name, run.recipes[name]): colour for name, colour in line_colours(list(run.recipes)).items()}
     dashed = {title_of(name, facts) for name, facts in run.recipes.items() if name.endswith(SUFFIX)}
     return plots.latent_sqnr(series, colours, dashed)
+
+
+def _prompt_choices(run: StoredRun) -> list[tuple[str, int]]:
+    return [(f"{index + 1}. {prompt}", index) for index, prompt in enumerate(run.prompts)]
 
 
 def _floor(run: StoredRun, shown: list[str]) -> str:

@@ -12,12 +12,12 @@ import gradio as gr
 from studio.components import html, words
 from studio.components.result import FIRST_GAIN
 from studio.components.titles import title_of
-from studio.services import pictures
+from studio.services import clips, pictures
 from studio.services.sharing import BASE_CHOICES, pair_of
 from studio.services.stored import StoredRun
 from studio.state import LiveRun
 
-HEIGHT = 320
+HEIGHT, STRIP_HEIGHT = 320, 72  # of a picture, and of a filmstrip in a column
 WAITING = "waiting"
 Updates = dict[Any, Any]
 
@@ -92,7 +92,10 @@ def cleared(view: TrialView, pair: tuple[str, str]) -> Updates:
         view.run_id: None, view.box: gr.Column(visible=True), view.difference: None, view.numbers: "",
     }  # fmt: skip
     for index, name in enumerate(pair):
-        updates |= {view.heads[index]: _head(index, name, {}, WAITING), view.images[index]: None}
+        updates |= {
+            view.heads[index]: _head(index, name, {}, WAITING),
+            view.images[index]: gr.update(value=None, height=HEIGHT),
+        }
     return updates
 
 
@@ -103,7 +106,7 @@ def live(view: TrialView, run: LiveRun, pair: tuple[str, str], changed: set[str]
         picture = pictures.load(run.pictures[name]) if name in changed and name in run.pictures else None
         if picture is not None:
             said = run.steps.get(name) or "sampled"
-            updates |= {view.images[index]: picture, view.heads[index]: _head(index, name, {}, said)}
+            updates |= {view.images[index]: _fitted(picture), view.heads[index]: _head(index, name, {}, said)}
     return updates
 
 
@@ -117,10 +120,17 @@ def stored(view: TrialView, run: StoredRun | None) -> Updates:
         prompt = run.prompts[0] if run.prompts else ""
         updates |= {
             view.heads[index]: _head(index, name, run.recipes[name], prompt),
-            view.images[index]: run.picture(name, 0),
+            view.images[index]: _fitted(run.picture(name, 0)),
         }
     updates |= dict(zip((view.difference, view.scale), difference(run, FIRST_GAIN), strict=True))
     return updates | {view.numbers: numbers(run, pair)}
+
+
+def _fitted(picture: Any) -> Any:
+    """A picture in the box; a filmstrip in one that is as low as it needs."""
+    if picture is None or picture.width < 3 * picture.height:
+        return picture
+    return gr.update(value=picture, height=STRIP_HEIGHT)
 
 
 def difference(run: StoredRun | None, gain: Any) -> tuple[Any, str]:
@@ -130,13 +140,13 @@ def difference(run: StoredRun | None, gain: Any) -> tuple[Any, str]:
     both = [run.picture(name, 0) for name in pair] if run and pair else [None, None]
     if both[0] is None or both[1] is None:
         return None, html.difference_legend(gain)
-    return pictures.difference(both[0], both[1], gain), html.difference_legend(gain)
+    return _fitted(pictures.difference(both[0], both[1], gain)), html.difference_legend(gain)
 
 
 def numbers(run: StoredRun, pair: tuple[str, str]) -> str:
     """PSNR of the pair, and the time of a step of both with its spread."""
-    left, right = (run.picture(name, 0) for name in pair)
-    value = pictures.psnr(left, right) if left and right and left.size == right.size else None
+    value = clips.psnr_of_pair(run, *pair, 0)
+    of = "the mean over the frames of one clip" if clips.makes_clips(run) else "one prompt"
     said = "not measured" if value is None else "identical" if math.isinf(value) else f"{value:.1f} dB"
     facts = [run.recipes[name] for name in pair]
     rows = "".join(_row(title_of(name, row), row) for name, row in zip(pair, facts, strict=True))
@@ -144,7 +154,7 @@ def numbers(run: StoredRun, pair: tuple[str, str]) -> str:
         f"<th>{name}</th>" for name in ("recipe", "step, median", "p10 to p90", "n", "PSNR to FP", "sharing")
     )
     return (
-        f'<p class="tr-plan-said"><b>PSNR with against without sharing: {said}</b> (one prompt, the same seed).'
+        f'<p class="tr-plan-said"><b>PSNR with against without sharing: {said}</b> ({of}, the same seed).'
         f"{_ratio(facts)}</p>"
         f'<div class="tr-table" tabindex="0"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
         f"{html.noise_floor(run.noise_floor)}"

@@ -60,6 +60,11 @@ def layer(name: str) -> str:
     return name.replace("transformer_blocks.", "blocks.")
 
 
+def in_part(name: str) -> str:
+    """A layer's name among those of its part, spatial or temporal, which then goes without saying."""
+    return layer(name.removeprefix("temporal_"))
+
+
 def plural(count: int, one: str) -> str:
     """ "1 layer", "2 layers"."""
     return f"{count:,} {one}" if count == 1 else f"{count:,} {one}s"

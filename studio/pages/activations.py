@@ -17,6 +17,7 @@ from studio.context import Studio
 from studio.jobs import FINISHED, explain
 from studio.pages.shared import session_of
 from studio.services.form import Form, chosen_recipe
+from studio.services.parts import PART_CHOICES, SPATIAL, parts_of
 from studio.services.statistics import LayerView
 from studio.services.work import call_work
 
@@ -31,6 +32,7 @@ class ActivationsPage:
 
     empty: gr.HTML
     calibration: gr.Dropdown
+    part: gr.Radio
     layer: gr.Dropdown
     group: gr.Dropdown
     log_y: gr.Checkbox
@@ -47,28 +49,33 @@ def build() -> ActivationsPage:
         calibration = gr.Dropdown(
             [], label="Calibration", elem_id="calibration", interactive=True, min_width=260, scale=2
         )
-        layer = gr.Dropdown([], label="Layer (its input)", elem_id="layer", interactive=True, min_width=220, scale=2)
+        part = gr.Radio(
+            PART_CHOICES, value=SPATIAL, label="Blocks", elem_id="layer-part", interactive=True, visible=False, min_width=190,
+            elem_classes="tr-segments",
+        )  # fmt: skip
+        layer = gr.Dropdown([], label="Layer (its input)", elem_id="layer", interactive=True, min_width=220, scale=3)
         group = gr.Dropdown([], label="Timestep group", elem_id="group", interactive=True, min_width=140)
         log_y = gr.Checkbox(True, label="Logarithmic counts", elem_id="log-y", interactive=True, min_width=140)
     note = gr.HTML(elem_id="activations-note")
     histogram = gr.Plot(plots.empty(HISTOGRAM_EMPTY, 380), show_label=False, elem_id="histogram")
     facts = gr.HTML(elem_id="facts")
     timeline = gr.Plot(plots.empty(TIMELINE_EMPTY, 420), show_label=False, elem_id="timeline")
-    return ActivationsPage(empty, calibration, layer, group, log_y, note, histogram, facts, timeline)
+    return ActivationsPage(empty, calibration, part, layer, group, log_y, note, histogram, facts, timeline)
 
 
 def wire(studio: Studio, controls: Controls, page: ActivationsPage, tab: gr.Tab) -> None:
     """Connect the page: a change of calibration, layer, group or recipe draws again."""
     handlers = _Handlers(studio, page)
-    inputs = [page.calibration, page.layer, page.group, page.log_y, *controls.inputs()]
+    inputs = [page.calibration, page.part, page.layer, page.group, page.log_y, *controls.inputs()]
     outputs = [
-        page.empty, page.calibration, page.layer, page.group, page.note, page.histogram, page.facts, page.timeline,
+        page.empty, page.calibration, page.part, page.layer, page.group, page.note, page.histogram, page.facts,
+        page.timeline,
     ]  # fmt: skip
     shared: dict[str, Any] = {
         "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 8,
     }  # fmt: skip
     tab.select(handlers.draw, inputs, outputs, **shared)
-    for widget in (page.calibration, page.layer, page.group, page.log_y):
+    for widget in (page.calibration, page.part, page.layer, page.group, page.log_y):
         widget.input(handlers.draw, inputs, outputs, **shared)
 
 
@@ -80,7 +87,7 @@ class _Handlers:
     page: ActivationsPage
 
     def draw(
-        self, request: gr.Request, fingerprint: Any, layer: Any, group: Any, log_y: Any, *values: Any
+        self, request: gr.Request, fingerprint: Any, part: Any, layer: Any, group: Any, log_y: Any, *values: Any
     ) -> Iterator[Updates]:
         """Fill the choices, draw the timeline at once, and the histogram when the model is free."""
         page = self.page
@@ -91,11 +98,13 @@ class _Handlers:
             if info is None:
                 yield self._nothing(str(form.model))
                 return
-            layers = self.studio.statistics.layers(info)
-            layer = layer if layer in layers else layers[0]
+            layers = parts_of(self.studio.statistics.layers(info))
+            part = part if part in layers else next(iter(layers))
+            layer = layer if layer in layers[part] else layers[part][0]
             labels = self.studio.statistics.group_labels(info, layer, recipe)
             index = group if isinstance(group, int) and 0 <= group < len(labels) else 0
-            yield self._choices(form, info, layers, layer, labels, index) | self._timeline(info, layer, recipe)
+            chosen = self._layers(layers, part, layer) | self._choices(form, info, labels, index)
+            yield chosen | self._timeline(info, layer, recipe)
             yield from self._histogram(info, recipe, layer, index, labels[index], bool(log_y), request)
         except Exception as error:
             yield {page.note: html.notice(explain(error))}
@@ -114,6 +123,7 @@ class _Handlers:
                 title, f"Press Calibrate in the sidebar{took}; the histograms then appear here."
             ),
             page.calibration: gr.Dropdown(choices=[], value=None),
+            page.part: gr.Radio(visible=False),
             page.layer: gr.Dropdown(choices=[], value=None),
             page.group: gr.Dropdown(choices=[], value=None),
             page.note: "",
@@ -122,14 +132,21 @@ class _Handlers:
             page.timeline: plots.empty(TIMELINE_EMPTY, 420),
         }
 
-    def _choices(self, form: Form, info: Any, layers: list[str], layer: str, labels: list[str], index: int) -> Updates:
+    def _layers(self, layers: dict[str, list[str]], part: str, layer: str) -> Updates:
+        """The layers of one part; the choice of a part where a model has both."""
+        page = self.page
+        return {
+            page.part: gr.Radio(value=part, visible=len(layers) > 1),
+            page.layer: gr.Dropdown(choices=[(words.in_part(name), name) for name in layers[part]], value=layer),
+        }
+
+    def _choices(self, form: Form, info: Any, labels: list[str], index: int) -> Updates:
         page = self.page
         return {
             page.empty: "",
             page.calibration: gr.Dropdown(
                 choices=self.studio.statistics.choices(str(form.model)), value=info.fingerprint
             ),
-            page.layer: gr.Dropdown(choices=layers, value=layer),
             page.group: gr.Dropdown(choices=[(label, i) for i, label in enumerate(labels)], value=index),
             page.note: html.notice("Fitting this layer…", "info"),
         }

@@ -89,7 +89,10 @@ def wire(studio: Studio, controls: Controls, page: ComparePage, header: gr.HTML,
     def closer(run_id: str | None, left: str, right: str, prompt: int, gain: int) -> tuple[Any, ...]:
         return result.closer_look(studio.runs.open(run_id), left, right, prompt, gain)
 
-    result.wire(page.result, closer)
+    def player(run_id: str | None, prompt: int) -> str:
+        return result.player(page.result, studio.runs.open(run_id), prompt)
+
+    result.wire(page.result, closer, player)
 
 
 def plan_at_load(studio: Studio, demo: gr.Blocks, controls: Controls, page: ComparePage) -> None:
@@ -147,19 +150,20 @@ class _Session:
             return
         live = LiveRun(Progress(f"Comparing {', '.join(recipe.name for recipe in spec.recipes)}"))
         names = result.column_names([recipe.name for recipe in spec.recipes])
+        moving = models.check(self.studio.core, spec.model).kind == "video"
         yield {
             page.problem: "",
             page.strip: strip_of(self.studio, live.progress, job),
-            **result.cleared(page.result, names, SAME_AT_START),
+            **result.cleared(page.result, names, SAME_AT_START, moving=moving),
         }
         for events in self.studio.worker.follow(job):
             changed = live.take(events)
             if not job.finished:
                 yield {
                     page.strip: strip_of(self.studio, live.progress, job),
-                    **result.live(page.result, live, names, changed),
+                    **result.live(page.result, live, names, changed, moving=moving),
                 }
-        yield self._final(live, job)
+        yield self._final(live, job, moving)
         fail_if_failed(job)
 
     def _comparison(self, form: Form) -> RunSpec:
@@ -167,9 +171,10 @@ class _Session:
         speed_only = models.check(self.studio.core, str(form.model)).kind == "speed"
         return profile_spec(form) if speed_only else compare_spec(form)
 
-    def _final(self, live: LiveRun, job: Job) -> Updates:
+    def _final(self, live: LiveRun, job: Job, moving: bool) -> Updates:
         page, stored = self.page, self.studio.runs.open(live.run_id)
         strip = {page.strip: html.ended(live.progress, job, "It is kept under Runs.")}
         if stored is None or not stored.recipes:
-            return strip
+            left = result.player(page.result, stored, 0) if moving else ""
+            return strip | ({page.result.clips: left} if left else {})
         return strip | result.stored(page.result, stored) | {page.saved: stored.id}

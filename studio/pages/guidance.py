@@ -17,10 +17,14 @@ from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed,
 from studio.services import models
 from studio.services import sharing as runs
 from studio.services.form import Form
-from studio.services.similarity import Choice, check_measure, slider_range
+from studio.services.similarity import Choice, SimilarityView, check_measure, slider_range
 from studio.state import ATTENTION_STAGES, LiveRun, Progress
 
 Updates = dict[Any, Any]
+SPATIAL = (
+    "Spatial attention only: the temporal blocks, which attend across the frames, are neither measured here nor "
+    "shared by a plan."
+)
 RANDOM = "This model has random weights: its times are real, but how alike its branches attend says nothing."
 
 
@@ -185,13 +189,17 @@ class _Handlers:
             view, choice, plan = self.studio.similarities.asked(run_id, choice)
         except Exception as error:
             return {page.note: html.notice(explain(error)), page.empty: ""}
-        random = models.check(self.studio.core, view.model).kind == "speed"
         return {
-            page.empty: "", page.note: html.notice(RANDOM if random else "", "warning"), page.use.box: gr.Column(visible=True),
+            page.empty: "", page.note: self._note(view), page.use.box: gr.Column(visible=True),
             **similarity.opened(page.similar, view, choice, fresh=fresh),
             **similarity.planned(page.similar, view, choice, plan),
             page.similar.lines: similarity.lines(view, choice, plan),
         }  # fmt: skip
+
+    def _note(self, view: SimilarityView) -> str:
+        if models.kind(self.studio.core, view.model) == "speed":
+            return html.notice(RANDOM, "warning")
+        return html.notice(SPATIAL if view.frame_by_frame else "", "info")
 
     def _nothing(self, model: str) -> Updates:
         page = self.page

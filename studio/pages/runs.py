@@ -7,7 +7,7 @@ from typing import Any
 
 import gradio as gr
 
-from studio.components import html, result
+from studio.components import clips, html, result
 from studio.components.controls import Controls, offer, share_box
 from studio.context import Studio
 from studio.services import pictures
@@ -29,6 +29,7 @@ class RunsPage:
     box: gr.Column
     head: gr.HTML
     gallery: gr.Gallery
+    strips: gr.HTML
     metrics: gr.HTML
     command: gr.Code
     show: gr.Button
@@ -52,7 +53,7 @@ def build() -> RunsPage:
             label="Pictures", format="png", columns=4, height=None, object_fit="contain", elem_id="run-pictures",
             buttons=["download", "fullscreen"], interactive=False, show_label=False,
         )  # fmt: skip
-        metrics = gr.HTML(elem_id="run-metrics")
+        strips, metrics = gr.HTML(elem_id="run-strips"), gr.HTML(elem_id="run-metrics")
         with gr.Row():
             show = gr.Button("Show in Compare", variant="primary", elem_id="show-run", min_width=150)
             settings = gr.Button("Load its settings", elem_id="load-settings", min_width=150)
@@ -61,7 +62,9 @@ def build() -> RunsPage:
             "", language="shell", label="The command that repeats this run", lines=1, interactive=False,
             show_line_numbers=False, wrap_lines=True, buttons=["copy"],
         )  # fmt: skip
-    return RunsPage(empty, table, refresh, chosen, box, head, gallery, metrics, command, show, settings, download)
+    return RunsPage(
+        empty, table, refresh, chosen, box, head, gallery, strips, metrics, command, show, settings, download
+    )
 
 
 def wire(
@@ -72,7 +75,7 @@ def wire(
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for trigger in (tab.select, page.refresh.click):
         trigger(handlers.rows, None, [page.empty, page.table], **quiet)
-    opened = [page.chosen, page.box, page.head, page.gallery, page.metrics, page.command, page.download]
+    opened = [page.chosen, page.box, page.head, page.gallery, page.strips, page.metrics, page.command, page.download]
     page.table.select(handlers.open, None, opened, **quiet)
     page.show.click(handlers.show, page.chosen, [*view.widgets(), tabs], **quiet)
     page.settings.click(handlers.settings, page.chosen, [*controls.inputs(), tabs], **quiet)
@@ -98,11 +101,13 @@ class _Handlers:
         run = self.studio.runs.open(str(event.row_value[-1])) if event.row_value else None
         if run is None:
             raise gr.Error("This run is not there any more; refresh the list.", print_exception=False)
+        moving = clips.is_moving(run)
         return {
             page.chosen: run.id,
             page.box: gr.Column(visible=True),
             page.head: head_of(run),
-            page.gallery: gallery_of(run),
+            page.gallery: gr.Gallery([] if moving else gallery_of(run), visible=not moving),
+            page.strips: clips.run_strips(run, clips.published(page.strips)) if moving else "",
             page.metrics: metrics_table(run),
             page.command: command_line(run),
             page.download: result.download_of(run),

@@ -63,7 +63,7 @@ class InstalledCore:
         if cuda.is_available():
             self._gpu = str(cuda.get_device_name(0))
         facts = importlib.import_module("trdq_core.kernels.dispatch").describe()
-        titles = {"cpp": "C++", "torch": "torch", "reference": "reference"}
+        titles = {"cpp": "C++", "torch": "torch", "triton": "Triton", "reference": "reference"}
         title = titles.get(facts["backend"], str(facts["backend"]))
         vnni = facts["backend"] == "cpp" and facts.get("vectorised")
         self._backend = f"{title}, AVX512-VNNI" if vnni else title

@@ -98,7 +98,7 @@ def compare_spec(form: Form) -> RunSpec:
     """The comparison that the form asks for: FP, the baseline, the chosen method; each also with sharing if it is ticked."""
     prompt = check_prompt(str(form.prompt or ""))
     extra = whole("also measure on", form.extra_prompts, 0, MOST_EXTRA_PROMPTS)
-    return run_spec(form, "compare", _compared(form), (prompt, *prompts.evaluation(extra, prompt)))
+    return run_spec(form, "compare", _compared(form), (prompt, *prompts.evaluation(str(form.model), extra, prompt)))
 
 
 def plain_comparison(form: Form, recipe: Recipe) -> RunSpec:
@@ -247,7 +247,7 @@ def run_spec(form: Form, command: Command, recipes: tuple[Recipe, ...], texts: t
         model=str(form.model or ""),
         recipes=recipes,
         prompts=texts,
-        calibration_prompts=prompts.calibration(),
+        calibration_prompts=prompts.calibration(str(form.model)),
         steps=whole("steps", form.steps, -1_000_000, 1_000_000),
         guidance=number("guidance", form.guidance),
         seed=whole("seed", form.seed, -(2**40), 2**40),

@@ -34,6 +34,11 @@ def check(core: Core, name: str) -> Any:
     return info
 
 
+def kind(core: Core, name: Any) -> str:
+    """What a listed model makes: "image", "video", or "speed" for random weights; empty for any other name."""
+    return next((str(info.kind) for info in core.runs.models() if info.name == name), "")
+
+
 def line(core: Core, name: str | None) -> str:
     """One line on the chosen model, or why none can be chosen."""
     known = core.runs.models()

@@ -147,7 +147,7 @@ def scan_spec(form: Form, method: Any, bits: Any, count: Any) -> RunSpec:
     labels = tuple(label for label in BITS_CHOICES if label in (bits or ()))
     if not labels:
         raise RecipeError("scan bits: none is chosen; choose at least one bit-width, such as W4A8.")
-    texts = prompts.calibration()[: whole("scan prompts", count, 1, MOST_PROMPTS)]
+    texts = prompts.calibration(str(form.model))[: whole("scan prompts", count, 1, MOST_PROMPTS)]
     recipes = tuple(parse_recipe(f"{method}-{label.lower()}") for label in labels)
     spec = run_spec(form, "sensitivity", recipes, texts)
     return RunSpec.from_dict(spec.to_dict() | {"bits": list(labels)})

@@ -24,7 +24,7 @@ BASE_CHOICES = [("Full precision", "fp"), ("Chosen method", "chosen")]
 
 def attention_spec(form: Form, count: Any) -> RunSpec:
     """The measurement over the first `count` evaluation prompts, as the command line would make it."""
-    texts = prompts.evaluation(whole("prompts to measure on", count, 1, MOST_PROMPTS), "")
+    texts = prompts.evaluation(str(form.model), whole("prompts to measure on", count, 1, MOST_PROMPTS), "")
     return run_spec(form, "attention", (), texts)
 
 

@@ -55,6 +55,12 @@ class SimilarityView:
         return str(self.about["model"])
 
     @property
+    def frame_by_frame(self) -> bool:
+        """Whether what was measured attends within each frame of a clip, so that other blocks attend across them."""
+        frames = self.about.get("frames")
+        return isinstance(frames, int) and frames > 1
+
+    @property
     def count(self) -> int:
         """How many blocks there are."""
         return int(self.blocks["output_error"].shape[1])

@@ -71,6 +71,15 @@ class StoredRun:
         """The prompts of the run in order."""
         return list(self.report.get("prompts") or (self.spec.prompts if self.spec else ()))
 
+    def events(self) -> list[dict[str, Any]]:
+        """What the run told while it went on, in order; lines that cannot be read are left out."""
+        try:
+            lines = (self.folder / "events.jsonl").read_text(encoding="utf-8", errors="replace").splitlines()
+        except OSError:
+            return []
+        found = (_object(line) for line in lines)
+        return [event for event in found if event]
+
     def picture(self, recipe: str, prompt: int) -> Image.Image | None:
         """One recipe's picture of one prompt; nothing if it was not finished."""
         images = self.recipes.get(recipe, {}).get("images") or []
@@ -157,8 +166,16 @@ def psnr_text(facts: dict[str, Any]) -> str:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return _object(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError):
+        return {}
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object that `text` is; empty if it is none."""
+    try:
+        data = json.loads(text)
+    except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
 

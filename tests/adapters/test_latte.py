@@ -17,7 +17,7 @@ from trdq_core.adapters import latte, layers_of, load_adapter, pixart
 from trdq_core.adapters.latte import LatteModel, layers_from_config
 from trdq_core.calibration import calibrate
 from trdq_core.convert import convert
-from trdq_core.errors import ModelError
+from trdq_core.errors import ModelError, ShapeError
 from trdq_core.metrics import compare_clips
 from trdq_core.presets import parse_recipe
 from trdq_core.sampling import sample
@@ -43,8 +43,8 @@ def test_folders_are_told_apart_by_their_pipeline(tiny_video_folder: Path, tiny_
 def test_other_pipelines_and_missing_folders_get_one_sentence(tiny_video_folder: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(tiny_video_folder, tmp_path / "model")
     index = json.loads((copy / "model_index.json").read_text())
-    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "WanPipeline"}))
-    with pytest.raises(ModelError, match="its pipeline is WanPipeline; supported are .*PixArt.*, LattePipeline"):
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "MadeUpPipeline"}))
+    with pytest.raises(ModelError, match="its pipeline MadeUpPipeline is not one of diffusers"):
         load_adapter("model", copy)
     with pytest.raises(ModelError, match="there is no folder nowhere"):
         load_adapter("nowhere", tmp_path / "nowhere")
@@ -126,8 +126,31 @@ def test_the_video_model_is_listed() -> None:
     kinds = {info.name: info for info in models.models()}
     assert kinds["pocket-video"].kind == "video" and kinds["pocket-image"].kind == "image"
     folder = models.ASSETS / "pocket-video"
-    assert (folder / "model_index.json").is_file() and not kinds["pocket-video"].available
-    assert bool(kinds["pocket-video"].reason) != kinds["pocket-video"].available
+    assert (folder / "model_index.json").is_file() and kinds["pocket-video"].available
+    assert not kinds["pocket-video"].reason
+
+
+def test_the_kind_of_a_folder_is_read_without_loading_it(
+    tiny_video_folder: Path, tiny_folder: Path, tmp_path: Path
+) -> None:
+    assert models.kind_of(str(tiny_video_folder)) == "video" and models.kind_of(str(tiny_folder)) == "image"
+    assert models.kind_of("pocket-video") == "video" and models.kind_of("random-dit") == "speed"
+    assert models.kind_of("nothing") == models.kind_of(str(tmp_path)) == "image"
+
+
+def test_clips_of_other_sizes_are_refused_in_one_sentence(model: LatteModel) -> None:
+    assert model.clip == (FRAMES, 16, 16, 8)
+    conditioning = model.encode(["tiger"])[0]
+    for shape, got in (
+        ((1, 4, 5, 8, 8), "5 frames of 16x16 pixels in 4 latent channels"),
+        ((1, 4, 4, 8, 16), "4 frames of 32x16 pixels in 4 latent channels"),
+        ((1, 4, 8, 8), r"latents of \(1, 4, 8, 8\)"),
+    ):
+        sentence = f"model tiny-latte: got {got}; it makes 4 frames of 16x16 pixels .* start from its own"
+        with pytest.raises(ShapeError, match=sentence):
+            model.denoise(conditioning, torch.zeros(shape), steps=1, guidance=1.0, on_step=lambda *seen: None)
+        with pytest.raises(ShapeError, match=sentence):
+            model.decode(torch.zeros(shape))
 
 
 def test_space_and_time_are_calibrated_and_quantized(model: LatteModel, tmp_path: Path) -> None:

@@ -60,6 +60,18 @@ def test_the_latest_measurement_is_shown_and_spreads_only_in_the_long_table() ->
     assert "40.0" not in long
 
 
+def test_a_video_model_has_a_table_of_its_own_with_flicker_and_motion() -> None:
+    facts = {"kind": "quantized", "psnr": 30.0, "n": 4, "temporal_error_mean": 1.25, "motion_ratio_mean": 0.987}
+    report = {"model": "pocket-video", "created": "2026-01-02T03:04:05", "machine": {"cpu": "a CPU", "threads": 2}}
+    rows = tables.rows_from_report({**report, "recipes": {"fp": {}, "rtn-w4a8": facts}})
+    for brief in (True, False):
+        pictures, clips = tables.make_tables([row("rtn-w8a8", "psnr", 40.0), *rows], brief=brief).split("\n\n**")
+        assert "temporal error" not in pictures
+        assert clips.startswith("pocket-video** on a CPU, 2 threads.")
+        assert "motion: mean squared frame difference" in clips
+        assert "| temporal error | motion |" in clips and "| 1.25 | 0.987 |" in clips
+
+
 def test_only_what_is_between_the_markers_changes() -> None:
     text = f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter"
     assert tables.between_markers(text, "new") == f"before\n{tables.BEGIN}\n\nnew\n\n{tables.END}\nafter"

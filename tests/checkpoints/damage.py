@@ -190,7 +190,7 @@ def hostile_description(folder: Path, rng: random.Random) -> None:
 
 VALUES: dict[str, tuple[Any, ...]] = {
     "format_version": (2, 10**9, 0, -1, "1", None, True, [1]),
-    "argument": ("__call__", "", "hidden", 3),
+    "argument": ("timestep", 3, {"name": "__call__"}, {"name": "timestep", "scale": -1.0}, {"position": "x"}),
     "edges": ([500.0, 500.0], [-1.0], [2000.0], ["a"], 5, [0.5 * i + 0.25 for i in range(1500)]),
     "calibrated": ([1.0], [1.0, 2.0, 3.0], "no"),
     "model_class": ("os.system", "FluxTransformer2DModel", 0),

@@ -9,7 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
-from trdq_core.kernels import cpu, native, torch_eager
+from tests.kernels.triton_device import DEVICE
+from trdq_core.kernels import cpu, native, torch_eager, triton_gpu
 
 
 @pytest.fixture(params=["torch", "avx512-vnni", "avx2", "portable"])
@@ -61,3 +62,12 @@ def cpp() -> ModuleType:
     if reason is not None:
         pytest.skip(reason)
     return cpu
+
+
+@pytest.fixture(scope="session")
+def triton() -> ModuleType:
+    """The Triton backend on a GPU or in Triton's interpreter, or a skip with the reason."""
+    reason = triton_gpu.unavailable_reason(DEVICE)
+    if reason is not None:
+        pytest.skip(reason)
+    return triton_gpu

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from tests.kernels.cases import generator, make_input, make_stages, make_weight
 from trdq_core.errors import BackendUnavailable, ShapeError
-from trdq_core.kernels import dispatch, native, reference
-from trdq_core.kernels.packing import folded_weight, pack_weight, unpack_weight
-from trdq_core.kernels.types import NO_STAGES, PackedWeight, QuantizedActivation, StaticGrid
+from trdq_core.kernels import dispatch, reference
+from trdq_core.kernels.packing import folded_weight, pack_weight, to_panels, to_rows, unpack_weight
+from trdq_core.kernels.types import NO_STAGES, PackedWeight, QuantizedActivation, StaticGrid, row_shape
 
 # tokens, in_features, out_features: the row tile is 6, the panel 64, nibbles come in eights
 SHAPES = [
@@ -50,6 +50,40 @@ def test_pack_and_unpack_round_trip(shape: tuple[int, int], bits: int) -> None:
     assert torch.equal(packed.column_sum, q.sum(dim=1).float())
     assert packed.bits == (4 if bits <= 4 else 8)
     assert packed.data.is_contiguous()
+
+
+@pytest.mark.parametrize(("bits", "groups"), [(8, 0), (4, 0), (4, 4), (3, 0)])
+@pytest.mark.parametrize("shape", [(1, 4), (5, 100), (65, 260)])
+def test_rows_and_panels_hold_the_same(shape: tuple[int, int], bits: int, groups: int) -> None:
+    """The layout of the GPU kernels keeps every number, pads 4 bits to chunks of 128 channels, and goes back."""
+    panels = make_weight(*shape, bits, groups=groups, zero_point=True)
+    rows = to_rows(panels)
+    assert rows.data.shape == row_shape(panels.bits, shape[1], shape[0])
+    assert torch.equal(unpack_weight(rows), unpack_weight(panels))
+    assert torch.equal(folded_weight(rows), folded_weight(panels))
+    assert torch.equal(to_panels(rows).data, panels.data)
+    assert to_rows(rows) is rows
+    assert to_panels(panels) is panels
+    activation = reference.quantize_activation(make_input(3, shape[1]), NO_STAGES, 8, False)
+    assert torch.equal(reference.linear(activation, rows), reference.linear(activation, panels))
+
+
+def test_a_nibble_of_a_row_stands_where_the_layout_says() -> None:
+    """Byte j of a chunk: channel j in the low nibble, channel 64 + j in the high one, two's complement."""
+    q = torch.zeros(1, 200, dtype=torch.int8)
+    q[0, 3], q[0, 64 + 3], q[0, 128 + 5] = -8, 7, -1
+    data = to_rows(pack_weight(q, torch.ones(1), None, None, 4)).data
+    assert data.shape == (1, 128)
+    assert int(data[0, 3]) == 0x78
+    assert int(data[0, 64 + 5]) == 0x0F
+    assert int(data.count_nonzero()) == 2
+
+
+def test_rows_are_refused_by_the_cpu_kernels(cpp: ModuleType) -> None:
+    """A weight that lies for the GPU names the way back."""
+    activation = reference.quantize_activation(make_input(2, 64), NO_STAGES, 8, True)
+    with pytest.raises(ShapeError, match="to_panels"):
+        cpp.linear(activation, to_rows(make_weight(8, 64, 8)))
 
 
 def test_group_scale_is_folded() -> None:
@@ -183,10 +217,13 @@ def test_half_precision_scales(backend: ModuleType) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_linear_from_float(name: dispatch.Backend, dtype: torch.dtype) -> None:
     """Leading dimensions and dtype of the input are kept, and the result is near the float product."""
-    if name == "cpp" and native.unavailable_reason():
-        pytest.skip(str(native.unavailable_reason()))
+    try:
+        dispatch.select_backend(torch.device("cpu"), name)
+    except BackendUnavailable as error:
+        pytest.skip(str(error))
     x = torch.randn(2, 5, 128, generator=generator()).to(dtype)
     weight, bias = make_weight(70, 128, 8), torch.randn(70, generator=generator())
+    weight = to_rows(weight) if name == "triton" else weight
     y = dispatch.linear_from_float(x, NO_STAGES, weight, bias, 8, True, backend=name)
     assert y.shape == (2, 5, 70)
     assert y.dtype == dtype

@@ -92,6 +92,21 @@ def test_siblings_transform_their_input_once(monkeypatch: pytest.MonkeyPatch) ->
     assert not any("input_quantizer" in name for name, _ in siblings[0].named_buffers())
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("method", ["rtn", "tr-dq"])
+@pytest.mark.parametrize("shape", [(20,), (2, 2, 5), (1, 5, 2, 2), (20, 1)])
+def test_inputs_of_any_number_of_dimensions_give_the_same_rows(
+    shape: tuple[int, ...], method: str, backend: str
+) -> None:
+    layer, _, x, *_ = make(method, backend=backend)
+    expected = layer(x).flatten(0, 1)
+    y = layer(x.reshape(*shape, 128))
+    assert y.shape == (*shape, 96) and torch.equal(y.flatten(0, -2), expected)
+    strided = x.reshape(*shape, 128).transpose(0, -2)
+    assert torch.equal(layer(strided), layer(strided.contiguous()))
+
+
 def test_weights_really_shrink() -> None:
     for bits, share in ((8, 0.30), (4, 0.18)):
         layer, linear, *_ = make("rtn", weight_bits=bits)

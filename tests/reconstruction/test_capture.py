@@ -85,7 +85,7 @@ class Odd(nn.Module):
 @pytest.mark.parametrize(
     ("shapes", "sentence"),
     [
-        ([(2, 3, 4), (2, 5, 4)], "padded to one length"),
+        ([(2, 3, 2, 4), (2, 5, 2, 4)], "padded to one length"),
         ([(3, 4), (3, 4)], "cannot be cut into items"),
     ],
 )

@@ -14,15 +14,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from tests.studio import fake_clips
+from tests.studio.fake_inspection import LAYERS as LAYERS
+from tests.studio.fake_inspection import FakeInspection
 from tests.studio.fake_sensitivity import FakeBudget, write_scan
 from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, uniform_groups, write_similarity
-from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError
+from trdq_core.errors import Cancelled, ModelError, RecipeError
 from trdq_core.specs import Recipe, RunSpec
 
 SIDE = 64
-LAYERS = tuple(
-    f"transformer_blocks.{block}.{name}" for block in range(3) for name in ("attn1.to_q", "attn2.to_q", "ff.net.0.proj")
-)
 
 
 class ModelInfo(NamedTuple):
@@ -88,6 +88,7 @@ class FakeRuns:
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.folder, self.pace = folder, pace
         self.break_with: Exception | None = None
+        self.codec = True  # whether mp4 files can be written
         self.calls: list[RunSpec] = []
 
     def data_folder(self) -> Path:
@@ -96,6 +97,9 @@ class FakeRuns:
     def models(self) -> list[ModelInfo]:
         return [
             ModelInfo("pocket-image", Path("pocket-image"), "pixart", "PixArt-Sigma of pocket size, 128 px.", True, ""),
+            ModelInfo(
+                "pocket-video", Path("pocket-video"), "video", "Latte of pocket size, 16 frames, 64 px.", True, ""
+            ),
             ModelInfo("foreign", Path("foreign"), "unknown", "", False, "it holds no transformer"),
         ]
 
@@ -105,10 +109,11 @@ class FakeRuns:
         return folder
 
     def plan(self, model: str, recipe: Recipe, *, backend: str | None = None, steps: int = 20) -> Any:
-        if model != "pocket-image":
+        if model not in ("pocket-image", "pocket-video"):
             raise ModelError(f"model: got {model!r}; known are pocket-image.")
         sets = recipe.time.count if recipe.storage != "shared" else 1
-        layers = [_layer(name, rule_of(recipe, name), sets) for name in LAYERS]
+        names = LAYERS if model == "pocket-image" else fake_clips.LAYERS
+        layers = [_layer(name, rule_of(recipe, name), sets) for name in names]
         if recipe.quantized and not any(layer.action == "quantize" for layer in layers):
             raise RecipeError(f"{recipe.name}: no linear of this model matches a rule; check roles and match patterns.")
         layers.append(_kept("proj_out"))
@@ -150,7 +155,14 @@ class FakeRuns:
 
 class _FakeRun:
     def __init__(self, runs: FakeRuns, spec: RunSpec, folder: Path, say: Any, cancelled: Any) -> None:
-        self.runs, self.spec, self.folder, self.say, self.cancelled = runs, spec, folder, say, cancelled
+        self.runs, self.spec, self.folder, self._say, self.cancelled = runs, spec, folder, say, cancelled
+        self.moving = spec.model == "pocket-video"
+        self.report: dict[str, Any] = {"recipes": {}}
+
+    def say(self, event: dict[str, Any]) -> None:
+        with (self.folder / "events.jsonl").open("a") as log:
+            log.write(json.dumps(event) + "\n")
+        self._say(event)
 
     def go(self) -> dict[str, Any]:
         try:
@@ -164,6 +176,8 @@ class _FakeRun:
             if self.spec.command == "compare":
                 report = self._report()
         except Cancelled as error:
+            if self.report["recipes"]:
+                self._write(self.report, "report.json")
             self._write({"state": "cancelled"}, "state.json")
             self.say({"kind": "cancelled", "text": str(error)})
             raise
@@ -202,53 +216,58 @@ class _FakeRun:
         return {"command": "attention", "recipes": {}, "similarity": means}
 
     def _scan(self) -> dict[str, Any]:
+        layers = fake_clips.LAYERS if self.moving else LAYERS
         for index, (label, recipe) in enumerate(zip(self.spec.bits, self.spec.recipes, strict=True)):
-            for done, layer in enumerate(LAYERS):
+            for done, layer in enumerate(layers):
                 self._pause("measure")
-                self.say({"kind": "progress", "stage": "measure", "done": done + 1, "total": len(LAYERS), "detail": layer,
-                          "recipe": recipe.name, "eta_seconds": (len(LAYERS) - done) * self.runs.pace})  # fmt: skip
-            write_scan(self.folder, self.spec, [(name, role_of(name)) for name in LAYERS], self.spec.bits[: index + 1])
+                self.say({"kind": "progress", "stage": "measure", "done": done + 1, "total": len(layers), "detail": layer,
+                          "recipe": recipe.name, "eta_seconds": (len(layers) - done) * self.runs.pace})  # fmt: skip
+            write_scan(self.folder, self.spec, [(name, role_of(name)) for name in layers], self.spec.bits[: index + 1])
             self.say({"kind": "stage", "stage": "measure", "label": f"layers alone at {label}", "recipe": recipe.name})
         return {
             "command": "sensitivity",
             "recipes": {},
-            "sensitivity": {"bits": list(self.spec.bits), "layers": list(LAYERS)},
+            "sensitivity": {"bits": list(self.spec.bits), "layers": list(layers)},
         }
 
     def _report(self) -> dict[str, Any]:
-        recipes: dict[str, Any] = {}
+        recipes = self.report["recipes"]
+        self.report |= {
+            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
+            "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
+            "spec": self.spec.to_dict(), "clip": fake_clips.SHAPE if self.moving else None,
+        }  # fmt: skip
         for recipe in self.spec.recipes:
             stage = "sample" if recipe.quantized else "reference"
             self.say({"kind": "stage", "stage": stage, "label": "sampling", "recipe": recipe.name})
-            images = [self._sample(recipe.name, index) for index in range(len(self.spec.prompts))]
-            recipes[recipe.name] = _metrics(recipe, images, self.spec)
+            made = [self._sample(recipe.name, index) for index in range(len(self.spec.prompts))]
+            recipes[recipe.name] = _metrics(recipe, [str(place["image"]) for place in made], self.spec)
+            if self.moving:
+                recipes[recipe.name] |= fake_clips.fields(recipe.name, made)
             self.say({"kind": "result", "recipe": recipe.name, "metrics": recipes[recipe.name]})
         recipes["fp-again"] = {"kind": "noise_floor", "identical": True, "psnr": None, "ssim": 1.0, "n": 1}
-        return {
-            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
-            "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
-            "recipes": recipes, "spec": self.spec.to_dict(),
-        }  # fmt: skip
+        return self.report
 
-    def _sample(self, name: str, prompt: int) -> str:
+    def _sample(self, name: str, prompt: int) -> dict[str, str | None]:
         for step in range(1, self.spec.steps + 1):
             self._pause("sample")
-            image = f"previews/{name}_{prompt:03d}_{step:03d}.png"
-            self._picture(image, name, 1 - step / self.spec.steps)
-            self.say(
-                {
-                    "kind": "preview",
-                    "recipe": name,
-                    "prompt": prompt,
-                    "step": step,
-                    "steps": self.spec.steps,
-                    "image": image,
-                }
-            )
+            image, noise = f"previews/{name}_{prompt:03d}_{step:03d}.png", 1 - step / self.spec.steps
+            if self.moving:
+                fake_clips.write_strip(self.folder, image, fake_clips.frames(name, noise))
+            else:
+                self._picture(image, name, noise)
+            self.say({"kind": "preview", "recipe": name, "prompt": prompt, "step": step, "steps": self.spec.steps,
+                      "image": image})  # fmt: skip
+        if self.moving:
+            if not self.runs.codec:
+                self.say({"kind": "warning", "text": "video: no ffmpeg was found to write libx264 with."})
+            places = fake_clips.write(self.folder, name, prompt, self.runs.codec)
+            self.say({"kind": "clip", "recipe": name, "prompt": prompt, **places})
+            return places
         image = f"images/{name}_{prompt:03d}.png"
         self._picture(image, name, 0.0)
         self.say({"kind": "image", "recipe": name, "prompt": prompt, "image": image})
-        return image
+        return {"image": image}
 
     def _picture(self, relative: str, name: str, noise: float) -> None:
         path = self.folder / relative
@@ -271,38 +290,6 @@ class _FakeRun:
         (self.folder / name).write_text(json.dumps(data))
 
 
-class FakeInspection:
-    """`trdq_core.inspection` with made-up values."""
-
-    def layers(self, calibration: Path) -> list[str]:
-        return list(LAYERS)
-
-    def channel_timeline(self, calibration: Path, layer: str) -> Any:
-        random = np.random.default_rng(LAYERS.index(layer))
-        timesteps = np.linspace(999, 20, 20)
-        scale = np.exp(random.normal(size=96))
-        return SimpleNamespace(timesteps=timesteps, absmax=np.outer(0.3 + timesteps / 1000, scale) + 0.05)
-
-    def histograms(self, calibration: Path, model: str, recipe: Recipe, layer: str, group: int) -> Any:
-        if layer not in LAYERS:
-            raise CalibrationError(f"{layer}: it was not observed.")
-        random = np.random.default_rng(group)
-        before, after = random.standard_t(3, 20000), random.normal(size=20000) * 1.5
-        edges = np.linspace(min(before.min(), after.min()), max(before.max(), after.max()), 121)
-        return SimpleNamespace(
-            edges=edges, before=np.histogram(before, edges)[0], after=np.histogram(after, edges)[0],
-            before_facts=_facts(before), after_facts=_facts(after), rows=256, kept=True, note="The transform is kept.",
-        )  # fmt: skip
-
-    def group_edges(self, recipe: Recipe, timesteps: Any) -> list[float]:
-        count = recipe.time.count
-        return [1000 * index / count for index in range(1, count)]
-
-    def group_labels(self, recipe: Recipe, timesteps: Any) -> list[str]:
-        count = recipe.time.count
-        return [f"{1000 * i // count} to {1000 * (i + 1) // count}" for i in range(count)]
-
-
 class FakeCore:
     """Both modules."""
 
@@ -320,6 +307,8 @@ class FakeCore:
 
 
 def role_of(name: str) -> str:
+    if name.startswith("temporal_"):
+        return "temporal_q" if name.endswith("to_q") else "temporal_mlp_in"
     return {"attn1.to_q": "self_q", "attn2.to_q": "cross_q"}.get(name.split(".", 2)[2], "mlp_in")
 
 
@@ -382,16 +371,14 @@ def _metrics(recipe: Recipe, images: list[str], spec: RunSpec) -> dict[str, Any]
     }  # fmt: skip
 
 
-def _facts(values: Any) -> Any:
-    kurtosis = float(((values - values.mean()) ** 4).mean() / values.var() ** 2)
-    absmax = float(np.abs(values).max())
-    peak = absmax / float(np.sqrt((values**2).mean()))
-    return SimpleNamespace(absmax=absmax, kurtosis=kurtosis, clipped_share=0.0012, sqnr_db=28.4, peak=peak)
-
-
 def _run_info(path: Path) -> RunInfo:
     state = json.loads((path / "state.json").read_text())["state"] if (path / "state.json").exists() else "unfinished"
-    return RunInfo(path.name, path.name.split("-")[-2], "pocket-image", "2026-11-21T05:00:00", state, path)
+    return RunInfo(path.name, path.name.split("-")[-2], _model_of(path), "2026-11-21T05:00:00", state, path)
+
+
+def _model_of(path: Path) -> str:
+    spec = path / "spec.json"
+    return str(json.loads(spec.read_text()).get("model", "pocket-image")) if spec.exists() else "pocket-image"
 
 
 def _calibration_info(path: Path) -> CalibrationInfo:

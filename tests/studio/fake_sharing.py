@@ -98,7 +98,8 @@ def write_similarity(folder: Path, spec: RunSpec) -> dict[str, Any]:
     save_file({name: np.ascontiguousarray(part) for name, part in made.items()}, folder / "similarity.safetensors")
     about = {
         "format_version": 1, "timesteps": np.linspace(999, 50, spec.steps).round().tolist(), "model": spec.model,
-        "prompts": list(spec.prompts), "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
+        "frames": 16 if spec.model == "pocket-video" else 1, "prompts": list(spec.prompts),
+        "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
         "tokens": 64, "channels": 256, "blocks": [f"transformer_blocks.{block}.attn1" for block in range(BLOCKS)],
         "created": "2026-11-21T05:00:00", "seconds": 3.0,
     }  # fmt: skip

@@ -24,6 +24,7 @@ from studio.context import Studio
 from studio.pages import compare, guidance, runs
 from studio.pages.guidance import _Handlers
 from studio.pages.runs import _Handlers as RunHandlers
+from studio.pages.runs import gallery_of
 from studio.pages.sharing import CHOICES
 from studio.pages.sharing import Handlers as SharingHandlers
 from studio.services import pictures
@@ -320,7 +321,7 @@ def test_runs_of_the_page_are_readable_under_runs(
     opened = opener.open(SimpleNamespace(row_value=trial))  # type: ignore[arg-type]
     assert "FP32 + sharing" in opened[page.metrics]
     assert "attention sharing in 4 blocks" in opened[page.metrics]
-    assert [caption for _, caption in opened[page.gallery]] == [
+    assert [caption for _, caption in gallery_of(studio.runs.open(opened[page.chosen]))] == [
         "FP32: red apple",
         "FP32 + sharing: red apple",
     ]

@@ -64,7 +64,7 @@ def test_a_scan_reports_layers_and_ends_with_its_chart(scanning: _Handlers, core
     page = scanning.page
     empty = scanning.show("pocket-image", None, *CHOICE)
     assert "No scan of pocket-image yet" in empty[page.empty]
-    core.runs.pace = 0.01
+    core.runs.pace = 0.03
     updates = list(scanning.scan(visitor(), "rtn", ["W8A8", "W4A8"], 2, *values(form)))
     assert any("transformer_blocks." in str(update.get(page.strip)) for update in updates)
     assert any("left in this stage" in str(update.get(page.strip)) for update in updates)

@@ -151,10 +151,10 @@ def test_activations_are_honest_when_empty_and_draw_when_not(studio: Studio, ses
     with gr.Blocks():
         page = activations.build()
     handlers = ActivationHandlers(studio, page)
-    (empty,) = handlers.draw(visitor(), None, None, None, True, *values(form))
+    (empty,) = handlers.draw(visitor(), None, None, None, None, True, *values(form))
     assert "No calibration yet for pocket-image" in empty[page.empty]
     list(session.calibrate(visitor(), *values(form)))
-    updates = list(handlers.draw(visitor(), "forged", "forged", 99, True, *values(form)))
+    updates = list(handlers.draw(visitor(), "forged", "forged", "forged", 99, True, *values(form)))
     assert updates[0][page.group].value == 0
     assert len(updates[0][page.group].choices) == 4
     assert len(updates[0][page.timeline].layout.shapes) == 6, "three edges, each a line on a lighter one"
@@ -162,6 +162,20 @@ def test_activations_are_honest_when_empty_and_draw_when_not(studio: Studio, ses
     assert [trace.name for trace in last[page.histogram].data] == ["before", "after rotation"]
     for said in ("absmax", "kurtosis", "clipped share", "256 rows"):
         assert said in last[page.facts]
+    assert not updates[0][page.part].visible, "a model of pictures has one kind of blocks"
+
+
+def test_spatial_and_temporal_layers_are_looked_at_apart(studio: Studio, session: _Session, form: Form) -> None:
+    with gr.Blocks():
+        page = activations.build()
+    handlers, moving = ActivationHandlers(studio, page), dataclasses.replace(form, model="pocket-video", prompt="whale")
+    list(session.calibrate(visitor(), *values(moving)))
+    for part, prefix in (("spatial", "transformer_blocks."), ("temporal", "temporal_transformer_blocks.")):
+        update = next(iter(handlers.draw(visitor(), None, part, "forged", 0, True, *values(moving))))
+        names = [name for _, name in update[page.layer].choices]
+        assert update[page.part].visible
+        assert names and all(name.startswith(prefix) for name in names)
+        assert update[page.layer].value == names[0]
 
 
 def test_runs_are_listed_opened_and_their_settings_loaded(studio: Studio, session: _Session, form: Form) -> None:
@@ -174,7 +188,7 @@ def test_runs_are_listed_opened_and_their_settings_loaded(studio: Studio, sessio
     list(session.compare(visitor(), *values(dataclasses.replace(form, seed=5, steps=6))))
     rows = handlers.rows()[1]
     opened = handlers.open(SimpleNamespace(row_value=rows[0]))  # type: ignore[arg-type]
-    assert len(opened[page.gallery]) == 3
+    assert len(opened[page.gallery].value) == 3
     assert "31.0 dB" in opened[page.metrics]
     run_id = opened[page.chosen]
     assert handlers.show(run_id)[session.page.result.run_id] == run_id

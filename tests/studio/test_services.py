@@ -63,7 +63,7 @@ def test_only_listed_models_are_ever_passed_on(studio: Studio, core: FakeCore, f
 
 
 def test_models_are_listed_without_paths(core: FakeCore) -> None:
-    assert [name for name, _ in models.choices(core)] == ["pocket-image"]
+    assert [name for name, _ in models.choices(core)] == ["pocket-image", "pocket-video"]
     assert "holds no transformer" in models.line(core, "pocket-image")
     assert all("path" not in facts for facts in models.facts(core))
     assert models.plan(core, "pocket-image", "rtn-w8a8", 1)["layers"][0]["layer"] == LAYERS[0]
@@ -160,11 +160,23 @@ def test_statistics_offer_layers_groups_and_edges(studio: Studio, form: Form) ->
 
 
 def test_prompts_are_offered_even_without_a_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(prompts, "PROMPTS_FILE", tmp_path / "none.json")
+    monkeypatch.setattr("trdq_core.prompts.PROMPTS_FILE", tmp_path / "none.json")
     prompts._stored.cache_clear()
-    assert prompts.examples()[0]
-    assert len(prompts.calibration()) == 16
+    assert prompts.examples("pocket-image")[0]
+    assert len(prompts.calibration("pocket-image")) == 16
     prompts._stored.cache_clear()
+
+
+def test_a_video_model_brings_its_own_prompts() -> None:
+    own = set(prompts.calibration("pocket-video")) | set(prompts.evaluation("pocket-video", 32, ""))
+    assert len(own) > 40
+    assert {"whale", "turtle", "teddy bear"} <= set(prompts.examples("pocket-video")) & own
+    assert not own & {"red apple", "watermelon"}
+    assert prompts.calibration("/etc") == prompts.calibration("pocket-image"), "no path is looked at"
+    first = prompts.examples("pocket-video")[0]
+    for before, after in (("", first), ("watermelon", first), ("my own words", "my own words"), ("zebra", "zebra")):
+        assert prompts.kept("pocket-video", before) == after
+    assert prompts.kept("pocket-image", "minibus") == prompts.examples("pocket-image")[0]
 
 
 def test_machine_facts_are_plausible() -> None:

@@ -19,7 +19,7 @@ from trdq_core.presets import METHODS, make_recipe
 from trdq_core.specs import TransformSpec
 from trdq_core.transforms.base import InputTransform, aligned
 from trdq_core.transforms.fit import fit_transform
-from trdq_core.transforms.smoothing import candidate_scales, smooth_scale
+from trdq_core.transforms.smoothing import CANDIDATES, Smoothing, smooth_scale
 
 SMOOTH = TransformSpec(kind="smooth", alpha=0.11)
 GREEDY = TransformSpec(kind="greedy_rotation", steps=64)
@@ -153,9 +153,9 @@ def test_a_searched_scale_is_no_worse_than_any_candidate() -> None:
     error = error_of(x, weight)
     absmax, weight_absmax = x.abs().amax(0), weight.abs().amax(0)
     best = error(fit("searched", x, weight))
-    tried = list(candidate_scales(absmax, weight_absmax))
-    assert len(tried) == 39
-    for scale in tried:
+    assert len(CANDIDATES) == 39
+    for candidate in CANDIDATES:
+        scale = candidate.scale(absmax, weight_absmax)
         inverse = None if scale is None else (1 / scale).float()
         assert best <= error(InputTransform(inverse_scale=inverse, hadamard_block=128))
 
@@ -168,6 +168,15 @@ def test_a_search_may_leave_the_scale_out() -> None:
     assert fitted == InputTransform(hadamard_block=128)
     with pytest.raises(RecipeError, match="ff: smooth without alpha is searched by the output error; give alpha here"):
         fit_transform(chain, **arguments, layer="ff")
+
+
+def test_a_search_done_before_is_taken_over() -> None:
+    x, weight = bed()
+    chain = CHAINS["searched"]
+    arguments = {"rows": x, "weights": [weight], "seed": 0, "smoothing": Smoothing(0.35, with_weights=False)}
+    for absmax in (x.abs().amax(0), x.abs().amax(0) * 3):
+        fitted = fit_transform(chain, absmax=absmax, **arguments)
+        assert torch.equal(fitted.inverse_scale, (1 / smooth_scale(absmax, None, 0.35)).float())
 
 
 def test_sets_with_and_without_a_scale_are_aligned() -> None:

@@ -100,3 +100,46 @@ def test_missing_or_unequal_inputs_are_one_sentence() -> None:
         fit_low_rank([weight, weight[:, :64]], SPEC, LowRankSpec(), inputs=inputs)
     with pytest.raises(CalibrationError, match="NaN"):
         fit_low_rank([weight], SPEC, LowRankSpec(), inputs=inputs * float("nan"))
+
+
+def few_directions() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A weight, 200 rows that move in 12 directions, and rows that move in others: what a few texts do to a layer."""
+    generator = torch.Generator().manual_seed(3)
+    seen, other = (
+        torch.randn(200, 12, generator=generator) @ torch.randn(12, 128, generator=generator) for _ in range(2)
+    )
+    weight, _ = case()
+    return weight, seen, other
+
+
+def test_rows_of_other_prompts_choose_the_damping() -> None:
+    weight, seen, other = few_directions()
+    bent, held = (
+        fit_low_rank([weight], SPEC, LowRankSpec(rank=8), inputs=seen, held_out=rows, rounding="gptq")
+        for rows in (None, other)
+    )
+    assert output_error(held, [weight], other) < 0.7 * output_error(bent, [weight], other)
+    assert output_error(bent, [weight], seen) < output_error(held, [weight], seen)
+
+
+def test_a_refit_branch_is_better_for_the_inputs_and_never_worse_on_held_out_rows() -> None:
+    weight, inputs = case()
+    fit_on, held_out = inputs[:200], inputs[200:]
+    errors = [
+        output_error(
+            fit_low_rank(
+                [weight], SPEC, LowRankSpec(rank=8, refit=refit), inputs=fit_on, held_out=held_out, rounding="gptq"
+            ),
+            [weight],
+            held_out,
+        )
+        for refit in (False, True)
+    ]
+    assert errors[1] < errors[0]
+
+    weight, seen, other = few_directions()
+    plain, refitted = (
+        fit_low_rank([weight], SPEC, LowRankSpec(rank=8, refit=refit), inputs=seen, held_out=other)
+        for refit in (False, True)
+    )
+    assert output_error(refitted, [weight], other) <= output_error(plain, [weight], other)

@@ -11,38 +11,40 @@ from trdq_core.sampling import SampledModel
 def load_adapter(name: str, folder: Path | None) -> SampledModel:
     """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong."""
     if folder is None:
-        from trdq_core.adapters.random_dit import RandomDiT
+        from trdq_core.adapters import random_dit, random_pixart
 
-        return RandomDiT(name)
+        return random_pixart.RandomPixArt(name) if name in random_pixart.LAYERS else random_dit.RandomDiT(name)
     shown = name if name != str(folder) else None
-    if _is_video(folder):
-        from trdq_core.adapters.latte import LatteModel
+    from trdq_core.adapters import generic, latte, pixart
+    from trdq_core.adapters.folder import check_folder
 
-        return LatteModel(folder, shown)
-    from trdq_core.adapters.pixart import PixArtModel
-
-    return PixArtModel(folder, shown)
+    index = check_folder(folder, None)
+    reads_text = index.get("text_encoder") not in (None, [None, None])
+    if index["_class_name"] in latte.PIPELINES and reads_text:
+        return latte.LatteModel(folder, shown)
+    if index["_class_name"] in pixart.PIPELINES and reads_text:
+        return pixart.PixArtModel(folder, shown)
+    return generic.TransformerModel(folder, shown)
 
 
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:
     """The linears of a model from its configuration alone: no weights are read."""
     if folder is None:
-        from trdq_core.adapters.random_dit import build
+        from trdq_core.adapters import random_dit, random_pixart
         from trdq_core.adapters.roles import find_linears
 
-        return find_linears(build(device="meta"))
-    if _is_video(folder):
-        from trdq_core.adapters import latte
+        if name in random_pixart.LAYERS:
+            return find_linears(random_pixart.build(random_pixart.LAYERS[name], device="meta"))
+        return find_linears(random_dit.build(device="meta"))
+    from trdq_core.adapters.placement import layers_from_config
 
-        return latte.layers_from_config(folder)
-    from trdq_core.adapters import pixart
-
-    return pixart.layers_from_config(folder)
+    return layers_from_config(folder)
 
 
-def _is_video(folder: Path) -> bool:
-    """Whether the folder holds a pipeline that makes clips; ModelError if it holds none that is supported."""
-    from trdq_core.adapters import latte, pixart
-    from trdq_core.adapters.folder import check_folder
+def notes_of(folder: Path | None) -> tuple[str, ...]:
+    """Sentences on what of a model could not be placed, from its configuration alone."""
+    if folder is None:
+        return ()
+    from trdq_core.adapters.placement import notes_from_config
 
-    return check_folder(folder, (*pixart.PIPELINES, *latte.PIPELINES))["_class_name"] in latte.PIPELINES
+    return notes_from_config(folder)

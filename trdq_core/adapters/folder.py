@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -16,8 +17,11 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 SAMPLE = 1 << 20  # bytes hashed at each end of a weight file
 
 
-def check_folder(folder: Path, known_pipelines: Sequence[str]) -> dict[str, object]:
-    """The model index of a diffusers folder; ModelError says what is missing, damaged, foreign or refused."""
+def check_folder(folder: Path, known_pipelines: Sequence[str] | None) -> dict[str, Any]:
+    """The model index of a diffusers folder; ModelError says what is missing, damaged, foreign or refused.
+
+    Without `known_pipelines` every pipeline with one transformer for a denoiser will do.
+    """
     if not folder.is_dir():
         raise ModelError(
             f"model: there is no folder {folder.name}; give a diffusers folder that holds model_index.json."
@@ -35,7 +39,9 @@ def check_folder(folder: Path, known_pipelines: Sequence[str]) -> dict[str, obje
         raise ModelError(
             f"model {folder.name}: model_index.json is damaged ({error}); copy the folder again."
         ) from error
-    if name not in known_pipelines:
+    if known_pipelines is None:
+        check_denoiser(folder.name, index)
+    elif name not in known_pipelines:
         raise ModelError(f"model {folder.name}: its pipeline is {name}; supported are {', '.join(known_pipelines)}.")
     pickles = sorted(p.name for p in folder.rglob("*") if p.suffix.lower() in PICKLES)
     if pickles:
@@ -44,6 +50,33 @@ def check_folder(folder: Path, known_pipelines: Sequence[str]) -> dict[str, obje
             "only safetensors are loaded, convert it with save_pretrained(safe_serialization=True)."
         )
     return index
+
+
+def check_denoiser(model: str, index: Mapping[str, object]) -> None:
+    """ModelError unless the components of a pipeline name one transformer, of diffusers itself, as the denoiser."""
+    present = {name: part for name, part in index.items() if isinstance(part, list) and any(part)}
+    transformer, unet = present.get("transformer"), present.get("unet")
+    if transformer is None and unet is not None:
+        raise ModelError(
+            f"model {model}: its denoiser is a UNet ({unet[-1]}); only transformer denoisers are quantized here, "
+            "choose a model with a transformer such as PixArt, SD3 or FLUX."
+        )
+    if transformer is None:
+        raise ModelError(
+            f"model {model}: its pipeline {index['_class_name']} has no component called transformer; only pipelines whose "
+            "denoiser is a transformer are quantized here."
+        )
+    second = next((name for name in present if name.startswith("transformer_")), None)
+    if second is not None:
+        raise ModelError(
+            f"model {model}: it has two denoisers, transformer and {second}; only pipelines with one are quantized here, "
+            "choose one of the same family with a single transformer."
+        )
+    if transformer[0] != "diffusers":
+        raise ModelError(
+            f"model {model}: its transformer comes from {transformer[0]}, which would run code of the model's author; only "
+            "transformers of diffusers itself are loaded."
+        )
 
 
 def check_weights(files: list[Path], folder: Path) -> None:

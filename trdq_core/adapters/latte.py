@@ -12,10 +12,12 @@ from diffusers import LatteTransformer3DModel
 from torch import Tensor
 
 from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
+from trdq_core.errors import ShapeError
 from trdq_core.plan import LayerInfo
-from trdq_core.sampling import Conditioning, OnStep
+from trdq_core.sampling import ClipShape, Conditioning, OnStep
 
 PIPELINES = ("LattePipeline",)
+FPS = 8.0  # of the clips that Latte was trained on
 FRAMES_AT_ONCE = 8  # frames decoded together; a decoder needs far more memory for a frame than a denoiser
 _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 
@@ -33,6 +35,29 @@ class LatteModel(PipelineModel):
     def frames(self) -> int:
         """Frames in a clip: the transformer has a temporal position for each and takes neither fewer nor more."""
         return int(self.pipeline.transformer.config.video_length)
+
+    @property
+    def clip(self) -> ClipShape:  # type: ignore[override]
+        """Frames and pixels of its clips: those of its configuration, no others."""
+        side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        return ClipShape(self.frames, side, side, FPS)
+
+    def check_latents(self, latents: Tensor) -> None:
+        """ShapeError unless the latents are of clips that the transformer has positions for."""
+        side = self.clip.width
+        config, scale = self.pipeline.transformer.config, self.pipeline.vae_scale_factor
+        wanted = (config.in_channels, self.frames, config.sample_size, config.sample_size)
+        if latents.dim() != 5 or tuple(latents.shape[1:]) != wanted:
+            got = f"latents of {tuple(latents.shape)}"
+            if latents.dim() == 5:
+                frames, height, width = latents.shape[2:]
+                got = (
+                    f"{frames} frames of {scale * width}x{scale * height} pixels in {latents.shape[1]} latent channels"
+                )
+            raise ShapeError(
+                f"model {self.name}: got {got}; it makes {self.frames} frames of {side}x{side} pixels in "
+                f"{config.in_channels} latent channels and no others, start from its own initial latents."
+            )
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -64,7 +89,7 @@ class LatteModel(PipelineModel):
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
     ) -> Tensor:
         """Final latents (1, channels, frames, height, width); `on_step` sees them after every step and may raise to stop."""
-        side = self.pipeline.transformer.config.sample_size * self.pipeline.vae_scale_factor
+        self.check_latents(latents)
 
         def after_step(pipeline: Any, step: int, timestep: Tensor, seen: dict[str, Tensor]) -> dict[str, Tensor]:
             on_step(step, float(timestep), seen["latents"])
@@ -78,8 +103,8 @@ class LatteModel(PipelineModel):
             num_inference_steps=steps,
             guidance_scale=guidance,
             video_length=self.frames,
-            height=side,
-            width=side,
+            height=self.clip.height,
+            width=self.clip.width,
             clean_caption=False,
             output_type="latent",
             return_dict=False,
@@ -90,6 +115,7 @@ class LatteModel(PipelineModel):
     @torch.no_grad()
     def decode(self, latents: Tensor) -> np.ndarray:
         """The clip (frames, height, width, 3) uint8 of latents (1, channels, frames, height, width)."""
+        self.check_latents(latents)
         vae = self.pipeline.vae
         frames = latents[0].transpose(0, 1).to(vae.dtype) / vae.config.scaling_factor
         decoded = []

@@ -17,6 +17,8 @@ from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
+from trdq_core.sampling import ClipShape
+from trdq_core.timegroups import TimeArgument
 
 
 class PipelineModel:
@@ -25,27 +27,35 @@ class PipelineModel:
     Subclasses add what differs between families: encoding, initial latents, the call that denoises, decoding.
     """
 
-    timestep_argument = "timestep"
+    timestep_argument: TimeArgument | str = "timestep"
+    clip: ClipShape | None = None  # families that make clips say so
 
-    def __init__(self, folder: Path, pipelines: Sequence[str], name: str | None = None) -> None:
-        check_folder(folder, pipelines)
+    def __init__(self, folder: Path, pipelines: Sequence[str] | None, name: str | None = None) -> None:
+        index = check_folder(folder, pipelines)
+        absent = {part: None for part, kind in index.items() if kind == [None, None]}  # saved without, loaded without
         self._files = sorted((folder / "transformer").glob("*.safetensors"))
         check_weights(self._files, folder)
         self.name = name or folder.name
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
         try:
             with without_progress_bars():
-                self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=self.dtype, local_files_only=True)
+                self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
             reason = str(error).strip().splitlines()[0][:200]
             raise ModelError(
                 f"model {folder.name}: diffusers could not load it ({reason}); copy the folder again."
             ) from error
-        self.pipeline.to(self.device)
+        self.pipeline.to(device)
+        self._settle(device, dtype)
+
+    def _settle(self, device: torch.device, dtype: torch.dtype) -> None:
+        """What every pipeline needs once it lies where it runs."""
+        self.device, self.dtype = device, dtype
         self.pipeline.set_progress_bar_config(disable=True)
-        for part in (self.pipeline.transformer, self.pipeline.vae, self.pipeline.text_encoder):
-            part.requires_grad_(False).eval()
+        for part in self.pipeline.components.values():
+            if isinstance(part, nn.Module):
+                part.requires_grad_(False).eval()
         self.denoiser: nn.Module = self.pipeline.transformer
 
     def linears(self) -> tuple[LayerInfo, ...]:
@@ -85,11 +95,16 @@ class PipelineModel:
 
 def linears_from_config(folder: Path, pipelines: Sequence[str], transformer: type[ModelMixin]) -> tuple[LayerInfo, ...]:
     """The transformer's linears from its config.json alone, built without memory on the meta device."""
+    return find_linears(transformer_from_config(folder, pipelines, transformer))
+
+
+def transformer_from_config(folder: Path, pipelines: Sequence[str] | None, transformer: type[ModelMixin]) -> nn.Module:
+    """The transformer of a folder from its config.json alone, without weights, on the meta device."""
     check_folder(folder, pipelines)
     try:
         config = transformer.load_config(folder / "transformer")
         with torch.device("meta"):
-            return find_linears(transformer.from_config(config))
+            return transformer.from_config(config)
     except (OSError, ValueError, TypeError, KeyError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise ModelError(

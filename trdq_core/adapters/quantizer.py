@@ -19,7 +19,8 @@ from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype,
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
-from trdq_core.convert import Conversion, convert, convert_without_data
+from trdq_core.convert import Conversion, convert
+from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.presets import parse_recipe
@@ -166,16 +167,26 @@ class TRDQQuantizer(DiffusersQuantizer):
             activate(model, manifest)
             self.adopt(conversion_of(model))
             return model
-        from trdq_core.adapters.roles import find_linears  # not above: diffusers is half imported when this module is
+        # Not above: diffusers is half imported when this module is.
+        from trdq_core.adapters.families import known_time
+        from trdq_core.adapters.roles import find_linears
 
+        argument = known_time(model) or "timestep"
         config = self.quantization_config
         backend, layers = dispatch.select_backend(next(model.parameters()).device), find_linears(model)
         if config.calibration is None:
-            found = convert_without_data(model, layers, config.recipe, backend=backend)
+            found = convert_without_data(model, layers, config.recipe, backend=backend, argument=argument)
         else:
             statistics, sets = Statistics.load(config.calibration), config.calibration / "sets"
             found = convert(
-                model, layers, config.recipe, statistics, backend=backend, storage_folder=sets, in_place=True
+                model,
+                layers,
+                config.recipe,
+                statistics,
+                backend=backend,
+                storage_folder=sets,
+                in_place=True,
+                argument=argument,
             )
         self.adopt(found)
         return model

@@ -1,7 +1,10 @@
-"""A DiT with random weights: shows speed and memory at a common size, never quality."""
+"""Models with random weights: they show speed and memory at common sizes, never quality. Here what they have in common,
+and the DiT.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -35,31 +38,36 @@ def build(device: str = "cpu") -> DiTTransformer2DModel:
         ).eval()
 
 
-class RandomDiT:
-    """The random DiT with guidance batch 2. It can be calibrated and profiled, but it has no pictures to show."""
+class RandomModel(ABC):
+    """A random transformer with guidance batch 2. It can be calibrated and profiled, but it has no pictures to show."""
 
     timestep_argument = "timestep"
+    clip = None
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, denoiser: nn.Module) -> None:
         self.name = name
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.dtype = torch.float16 if self.device.type == "cuda" else torch.float32
-        denoiser = build()
         if self.device.type == "cuda":
             denoiser = denoiser.to(self.device, self.dtype)
         self.denoiser: nn.Module = denoiser.requires_grad_(False)
         self._active = self.denoiser
 
+    @abstractmethod
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """A made-up conditioning for each text, unconditional part first."""
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """The name of the construction: its weights follow from the seed."""
+
+    @abstractmethod
+    def _predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        """The output for guided latents (2n, 4, 32, 32), all unconditional ones first."""
+
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the transformer with its role."""
         return find_linears(self.denoiser)
-
-    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
-        """The empty class for guidance, then a class number for each text: the unconditional half is the first."""
-        return [
-            Conditioning(p, {"labels": torch.tensor([CLASSES, sum(p.encode()) % CLASSES], device=self.device)})
-            for p in prompts
-        ]
 
     def initial_latents(self, seed: int) -> Tensor:
         """Noise (1, 4, 32, 32) of a seed."""
@@ -69,16 +77,10 @@ class RandomDiT:
         self, conditioning: Conditioning, latents: Tensor, *, steps: int, guidance: float, on_step: OnStep
     ) -> Tensor:
         """Euler steps of a flow, both branches in one batch; the numbers mean nothing, the work is that of a real run."""
-        # Joined conditionings come as pairs; the guided batch has all unconditional ones first.
-        labels = conditioning.tensors["labels"].view(-1, 2).T.flatten()
         for step in range(steps):
             timestep = round(999 * (1 - step / steps))
-            velocity = self._active(
-                hidden_states=torch.cat([latents] * 2),
-                timestep=torch.full((len(labels),), timestep, device=self.device),
-                class_labels=labels,
-                return_dict=False,
-            )[0]
+            guided = torch.cat([latents] * 2)
+            velocity = self._predict(guided, torch.full((len(guided),), timestep, device=self.device), conditioning)
             unconditional, conditional = velocity.chunk(2)
             latents = latents - (unconditional + guidance * (conditional - unconditional)) / steps
             on_step(step, float(timestep), latents)
@@ -103,6 +105,25 @@ class RandomDiT:
         finally:
             self._active = before
 
+
+class RandomDiT(RandomModel):
+    """The random DiT: classes in place of prompts."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, build())
+
+    def encode(self, prompts: Sequence[str]) -> list[Conditioning]:
+        """The empty class for guidance, then a class number for each text: the unconditional half is the first."""
+        return [
+            Conditioning(p, {"labels": torch.tensor([CLASSES, sum(p.encode()) % CLASSES], device=self.device)})
+            for p in prompts
+        ]
+
     def fingerprint(self) -> str:
         """The name of the construction: its weights follow from the seed."""
         return f"random-dit-2-12x384-{self.dtype}"
+
+    def _predict(self, latents: Tensor, timestep: Tensor, conditioning: Conditioning) -> Tensor:
+        # Joined conditionings come as pairs; the guided batch has all unconditional ones first.
+        labels = conditioning.tensors["labels"].view(-1, 2).T.flatten()
+        return self._active(hidden_states=latents, timestep=timestep, class_labels=labels, return_dict=False)[0]

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core.checkpoints.files import describe_tensors
-from trdq_core.checkpoints.manifest import SET_PREFIX, AttentionEntry, InputEntry, LayerEntry, Manifest
+from trdq_core.checkpoints.manifest import SET_PREFIX, AttentionEntry, InputEntry, LayerEntry, Manifest, TimeEntry
 from trdq_core.convert import Conversion
 from trdq_core.errors import CheckpointError
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.timegroups import time_argument
 
 OWN_KEYS = ("quantization_config",)  # of a model's configuration, beside those that begin with an underscore
 
@@ -55,7 +56,7 @@ def describe(conversion: Conversion, tensors: Mapping[str, Tensor], config: Mapp
     return Manifest(
         recipe=conversion.recipe,
         model_class=type(denoiser).__name__,
-        argument=conversion.argument,
+        argument=TimeEntry(**time_argument(conversion.argument)._asdict()),
         edges=tuple(time.groups.edges),
         calibrated=tuple(time.calibrated or ()),
         calibration=conversion.calibration,

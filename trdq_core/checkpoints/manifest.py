@@ -62,6 +62,16 @@ class AttentionEntry(Spec):
 
 
 @dataclass(frozen=True, kw_only=True)
+class TimeEntry(Spec):
+    """Where the denoiser is told the time, and how it counts: `TimeArgument`."""
+
+    name: str = "timestep"
+    position: int | None = None
+    scale: float = 1.0
+    flipped: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class TensorEntry(Spec):
     """One stored tensor: its type as safetensors writes it ("F32"), its shape, the SHA-256 of its bytes."""
 
@@ -78,7 +88,7 @@ class Manifest(Spec):
     format_version: int = FORMAT_VERSION
     recipe: Recipe
     model_class: str
-    argument: str = "timestep"
+    argument: TimeEntry = field(default_factory=TimeEntry)
     edges: tuple[float, ...] = ()
     calibrated: tuple[float, ...] = ()  # lowest and highest timestep of the calibration
     calibration: str | None = None  # its fingerprint

@@ -28,7 +28,7 @@ from trdq_core.nn.switched import SwitchedSets, keep_first_set, set_buffers
 from trdq_core.plan import LayerInfo, rule_for
 from trdq_core.sharing import apply_sharing
 from trdq_core.specs import TIME_SPAN, LayerRule
-from trdq_core.timegroups import TimeContext, TimeGroups
+from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 from trdq_core.transforms.base import InputTransform
 from trdq_core.weights.stored import CodedWeight, QuantizedWeight, Weight
 
@@ -47,7 +47,7 @@ def install(denoiser: nn.Module, checkpoint: Checkpoint, config: Mapping[str, An
         layers = _layers(denoiser, manifest)
         time = TimeContext(TimeGroups(_edges(manifest.edges)), _calibrated(manifest))
         conversion = Conversion(
-            denoiser, manifest.recipe, time, layers=tuple(layers.values()), argument=manifest.argument,
+            denoiser, manifest.recipe, time, layers=tuple(layers.values()), argument=_argument(manifest),
             calibration=manifest.calibration, packed_bytes=manifest.packed_bytes,
         )  # fmt: skip
         _check_coverage(manifest, layers)
@@ -110,14 +110,21 @@ def owner_of(denoiser: nn.Module, name: str) -> tuple[nn.Module, str] | None:
     return (module, leaf) if known else None
 
 
+def _argument(manifest: Manifest) -> TimeArgument:
+    told = manifest.argument
+    if not (math.isfinite(told.scale) and told.scale > 0):
+        raise CheckpointError(f"its timestep is scaled by {told.scale}; a scale is a number above 0, copy it again.")
+    return TimeArgument(told.name, told.position, told.scale, told.flipped)
+
+
 def _check_model(denoiser: nn.Module, manifest: Manifest, config: Mapping[str, Any]) -> None:
     if type(denoiser).__name__ != manifest.model_class:
         raise CheckpointError(
             f"it holds a {manifest.model_class:.60} and was loaded as {type(denoiser).__name__}; use the class it is of."
         )
-    if manifest.argument not in inspect.signature(denoiser.forward).parameters:
+    if manifest.argument.name not in inspect.signature(denoiser.forward).parameters:
         raise CheckpointError(
-            f"its timestep argument {manifest.argument!r:.60} is none of this model's; copy it again."
+            f"its timestep argument {manifest.argument.name!r:.60} is none of this model's; copy it again."
         )
     here = plain_config(config)
     changed = sorted(key for key, value in dict(manifest.config).items() if here.get(key) != value)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +17,19 @@ from trdq_core.convert import Conversion
 from trdq_core.errors import Cancelled, RecipeError, StorageError, TRDQError
 from trdq_core.evaluation import tables
 from trdq_core.evaluation.references import (
-    BATCH,
     REFERENCE,
     References,
+    batch_size,
     decode_all,
     make_references,
     reference_digest,
     sample_references,
 )
 from trdq_core.evaluation.scores import Scores
+from trdq_core.outputs import Output, output_fields
+from trdq_core.peers.convert import PeerConversion
 from trdq_core.session import Session, changes, convert_for, statistics_for
-from trdq_core.specs import Recipe
+from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
 NOISE_FLOOR = "fp-again"
@@ -43,7 +46,8 @@ def evaluate(session: Session, report: dict[str, Any]) -> None:
         raise RecipeError("prompts: there are none; give at least one prompt to evaluate recipes on.")
     recipes = [recipe for recipe in spec.recipes if changes(recipe)]
     report["evaluation"] = {
-        "prompts": len(spec.prompts), "seeds": spec.seeds, "pictures": len(spec.prompts) * spec.seeds, "batch": BATCH,
+        "prompts": len(spec.prompts), "seeds": spec.seeds, "pictures": len(spec.prompts) * spec.seeds,
+        "batch": batch_size(model),
         "reference": reference_digest(model, spec),
     }  # fmt: skip
     _go_on(session, report)
@@ -57,7 +61,7 @@ def evaluate(session: Session, report: dict[str, Any]) -> None:
     if NOISE_FLOOR not in rows:
         session.stage("sample", "Sampling the reference again for the noise floor", NOISE_FLOOR)
         _finish(session, report, NOISE_FLOOR, {"kind": "noise_floor", "label": "again"}, references, model.denoiser)
-    statistics = statistics_for(session, report) if any(recipe.quantized for recipe in left) else None
+    statistics = statistics_for(session, report) if any(recipe.fitted for recipe in left) else None
     started = time.monotonic()
     for index, recipe in enumerate(left):
         words = _position(len(recipes) - len(left) + index + 1, len(recipes), index, len(left), started)
@@ -76,7 +80,8 @@ def _go_on(session: Session, report: dict[str, Any]) -> None:
     try:
         before = json.loads((session.folder.path / "report.json").read_text())
         same = (
-            before["spec"] == report["spec"] and before["evaluation"]["reference"] == report["evaluation"]["reference"]
+            RunSpec.from_dict(before["spec"]) == session.spec
+            and before["evaluation"]["reference"] == report["evaluation"]["reference"]
         )
         rows = {name: row for name, row in before["recipes"].items() if row["kind"] != "failed"}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -92,17 +97,20 @@ def _go_on(session: Session, report: dict[str, Any]) -> None:
 
 def _reference_row(session: Session, references: References, label: str) -> dict[str, Any]:
     """The row of the reference; its first pictures are saved."""
-    images: list[str] = []
+    saved: list[Output] = []
     for _, stored in references:
-        for picture in stored.pictures[: max(0, min(SHOWN, len(session.spec.prompts)) - len(images))]:
-            images.append(session.folder.save_picture(f"images/{REFERENCE}_{len(images):03d}.png", picture))
-    for prompt, image in enumerate(images):
-        session.folder.emit({"kind": "image", "recipe": REFERENCE, "prompt": prompt, "image": image})
+        _show(session, REFERENCE, stored.pictures, saved)
     bits = float(torch.finfo(session.model.dtype).bits)
     return {
         "kind": "reference", "label": label, "n": len(references.samples), "effective_bits": bits, "packed_bits": bits,
-        "simulated": False, "images": images,
+        "simulated": False, **output_fields(saved),
     }  # fmt: skip
+
+
+def _show(session: Session, name: str, pictures: np.ndarray, saved: list[Output]) -> None:
+    """Save the first pictures or clips of a recipe, the first seed of each prompt, into the run folder and into `saved`."""
+    for picture in pictures[: max(0, min(SHOWN, len(session.spec.prompts)) - len(saved))]:
+        saved.append(session.outputs.save(name, len(saved), picture))
 
 
 def _evaluate_recipe(
@@ -119,15 +127,15 @@ def _evaluate_recipe(
         **_names(recipe),
         "kind": "quantized" if recipe.quantized else "shared",
         "fit_seconds": round(time.monotonic() - started, 2),
-        "calibration_seconds": report["calibration"]["seconds"] if recipe.quantized else None,
+        "calibration_seconds": report["calibration"]["seconds"] if recipe.fitted else None,
         **_facts(session, conversion),
     }
     session.stage("sample", f"Sampling {recipe.name}, {words}", recipe.name)
     _finish(session, report, recipe.name, row, references, conversion.denoiser)
 
 
-def _facts(session: Session, conversion: Conversion) -> dict[str, Any]:
-    """What is known of a conversion; one that only shares attention has the reference's weights."""
+def _facts(session: Session, conversion: Conversion | PeerConversion) -> dict[str, Any]:
+    """What is known of a conversion; one that quantizes nothing has the reference's weights."""
     facts = conversion.facts()
     if conversion.recipe.quantized:
         return facts
@@ -148,10 +156,10 @@ def _finish(
     denoiser: nn.Module,
 ) -> None:
     """Sample and measure with one denoiser, and write the row."""
-    scores, seconds, images = _measure(session, name, denoiser, references)
+    scores, seconds, saved = _measure(session, name, denoiser, references)
     each = None if row.get("simulated") else round(seconds / len(references.samples), 4)
     quality = scores.row(references.samples)
-    report["recipes"][name] = {**row, **quality, "denoise_seconds_per_picture": each, "images": images}
+    report["recipes"][name] = {**row, **quality, "denoise_seconds_per_picture": each, **output_fields(saved)}
     session.folder.write(f"samples/{name}.csv", scores.samples_csv(references.samples))
     session.folder.emit({"kind": "result", "recipe": name, "metrics": dict(report["recipes"][name])})
     _write(session, report)
@@ -159,9 +167,10 @@ def _finish(
 
 def _measure(
     session: Session, name: str, denoiser: nn.Module, references: References
-) -> tuple[Scores, float, list[str]]:
+) -> tuple[Scores, float, list[Output]]:
     """Scores of all samples, the seconds that denoising took, and the pictures that were saved."""
-    spec, scores, images = session.spec, Scores(), []
+    spec, scores = session.spec, Scores()
+    saved: list[Output] = []
     progress = session.progress("sample", len(references.batches) * spec.steps, name)
     seconds = 0.0
     with session.model.using(denoiser):
@@ -184,10 +193,8 @@ def _measure(
             seconds += time.perf_counter() - started - outside
             pictures = decode_all(session.model, final)
             scores.add(session.model, pictures, stored, list(zip(*steps, strict=True)))
-            for picture in pictures[: max(0, min(SHOWN, len(spec.prompts)) - len(images))]:
-                images.append(session.folder.save_picture(f"images/{name}_{len(images):03d}.png", picture))
-                session.folder.emit({"kind": "image", "recipe": name, "prompt": len(images) - 1, "image": images[-1]})
-    return scores, seconds, images
+            _show(session, name, pictures, saved)
+    return scores, seconds, saved
 
 
 def _fail(session: Session, report: dict[str, Any], recipe: Recipe, text: str) -> None:

@@ -1,4 +1,5 @@
-"""The reference pictures of an evaluation: sampled once in full precision, kept in the run folder, loaded batch by batch."""
+"""The reference pictures or clips of an evaluation: sampled once in full precision, kept in the run folder, loaded batch by
+batch."""
 
 from __future__ import annotations
 
@@ -27,21 +28,27 @@ REFERENCE = "fp"
 
 
 class Sample(NamedTuple):
-    """One picture: the number of its prompt, and the seed of its first latents."""
+    """One picture or clip: the number of its prompt, and the seed of its first latents."""
 
     prompt: int
     seed: int
 
 
 class StoredBatch(NamedTuple):
-    """What the reference left for some samples: latents (steps, n, ...) after every step, pictures (n, h, w, 3) uint8."""
+    """What the reference left for some samples: latents (steps, n, ...) after every step, pictures (n, h, w, 3) or clips
+    (n, frames, h, w, 3) uint8."""
 
     latents: Tensor
     pictures: np.ndarray
 
 
-def plan_batches(spec: RunSpec) -> list[list[Sample]]:
-    """All samples of a run in batches: every prompt with the first seed, then every prompt with the next.
+def batch_size(model: SampledModel) -> int:
+    """How many samples are made at once: clips one by one, since their texts may differ in length, as pictures' do not."""
+    return BATCH if model.clip is None else 1
+
+
+def plan_batches(spec: RunSpec, size: int = BATCH) -> list[list[Sample]]:
+    """All samples of a run in batches of at most `size`: every prompt with the first seed, then every prompt with the next.
 
     Prompt i starts from seed + i, as in a comparison, and its further pictures from 1000 more each.
     """
@@ -50,7 +57,7 @@ def plan_batches(spec: RunSpec) -> list[list[Sample]]:
         for repeat in range(spec.seeds)
         for prompt in range(len(spec.prompts))
     ]
-    return [samples[i : i + BATCH] for i in range(0, len(samples), BATCH)]
+    return [samples[i : i + size] for i in range(0, len(samples), size)]
 
 
 @dataclass(frozen=True)
@@ -108,9 +115,10 @@ class References:
 def make_references(session: Session, label: str) -> References:
     """The references of a run: those of an earlier start are kept, the others sampled now. Takes encoded prompts."""
     spec, model = session.spec, session.model
-    references = References(session.folder.path / FOLDER, plan_batches(spec), reference_digest(model, spec))
+    batches = plan_batches(spec, batch_size(model))
+    references = References(session.folder.path / FOLDER, batches, reference_digest(model, spec))
     missing = [index for index in range(len(references.batches)) if not references.has(index)]
-    session.stage("reference", f"Sampling {label}: {len(references.samples)} pictures", REFERENCE)
+    session.stage("reference", f"Sampling {label}: {len(references.samples)} {_what(model)}s", REFERENCE)
     progress = session.progress("reference", len(references.batches) * spec.steps, REFERENCE)
     progress.skip((len(references.batches) - len(missing)) * spec.steps)
     for index in missing:
@@ -119,11 +127,15 @@ def make_references(session: Session, label: str) -> References:
 
         def keep(step: int, timestep: float, value: Tensor, kept: list[Tensor] = latents, i: int = index) -> None:
             kept.append(value.clone())
-            progress.advance(f"picture {i * BATCH + 1} and on")
+            progress.advance(f"{_what(model)} {i * batch_size(model) + 1} and on")
 
         final = sample_references(session, batch, keep)
         references.store(index, torch.stack(latents), decode_all(model, final))
     return references
+
+
+def _what(model: SampledModel) -> str:
+    return "picture" if model.clip is None else "clip"
 
 
 def sample_references(session: Session, batch: Sequence[Sample], on_step: Any) -> Tensor:
@@ -140,11 +152,12 @@ def sample_references(session: Session, batch: Sequence[Sample], on_step: Any) -
 
 
 def decode_all(model: SampledModel, latents: Tensor) -> np.ndarray:
-    """Pictures (n, height, width, 3) uint8 of latents (n, ...), one after the other to bound memory."""
+    """Pictures (n, height, width, 3) or clips (n, frames, height, width, 3) uint8 of latents (n, ...), one after the other
+    to bound memory."""
     return np.ascontiguousarray([model.decode(latents[i : i + 1]) for i in range(len(latents))])
 
 
 def reference_digest(model: SampledModel, spec: RunSpec) -> str:
     """A digest of everything the reference pictures depend on; recipes do not belong to it."""
-    what = [BATCH, model.fingerprint(), str(model.dtype), list(spec.prompts), spec.steps, spec.guidance, spec.seed]
-    return hashlib.sha256(json.dumps([*what, spec.seeds]).encode()).hexdigest()[:16]
+    what = [batch_size(model), model.fingerprint(), str(model.dtype), list(spec.prompts), spec.steps, spec.guidance]
+    return hashlib.sha256(json.dumps([*what, spec.seed, spec.seeds]).encode()).hexdigest()[:16]

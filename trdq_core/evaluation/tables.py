@@ -17,6 +17,9 @@ CSV_COLUMNS = (
     "effective_bits", "packed_bits", "weight_bytes", "fp_weight_bytes", "calibration_seconds", "fit_seconds",
     "denoise_seconds_per_picture", "simulated", "kernels", "rejected", "latent_sqnr_db", "error",
 )  # fmt: skip
+CLIP_METRICS = ("temporal_error", "motion_ratio")
+CLIP_COLUMNS = tuple(f"{name}{suffix}" for name in CLIP_METRICS for suffix in ("_mean", "_std", "_se"))
+CLIP_HEADER = ("temporal error", "motion")  # before the arithmetic
 HEADER = (
     "recipe", "bits a weight", "packed", "SQNR dB", "PSNR dB", "SSIM", "feature distance", "GMSD", "KID x1000", "fit s",
     "arithmetic",
@@ -24,6 +27,10 @@ HEADER = (
 NOTE = (
     "SQNR: latents after the last step; feature distance: encoder feature distance, stages of the model's own autoencoder; "
     "KID: encoder KID on their channel means, paired; ± is one standard error over prompts."
+)
+CLIP_NOTE = (
+    "Of a clip each is the mean over its frames; temporal error: RMS of (frame difference - the reference's), grey levels; "
+    "motion: mean squared frame difference over the reference's."
 )
 
 Rows = Mapping[str, Mapping[str, Any]]
@@ -64,8 +71,30 @@ def _rank(row: Mapping[str, Any]) -> float:
     return float("-inf") if value is None else -value
 
 
-def cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
-    """One recipe's cells under HEADER."""
+def has_clips(rows: Rows) -> bool:
+    """Whether the recipes were measured on clips."""
+    return any("temporal_error_mean" in row for row in rows.values())
+
+
+def header(*, clips: bool = False) -> tuple[str, ...]:
+    """Titles of the columns that `cells` fills."""
+    return (*HEADER[:-1], *CLIP_HEADER, HEADER[-1]) if clips else HEADER
+
+
+def note(*, clips: bool = False) -> str:
+    """What the columns are, for below or above a table."""
+    return f"{NOTE} {CLIP_NOTE}" if clips else NOTE
+
+
+def cells(name: str, row: Mapping[str, Any], *, clips: bool = False) -> tuple[str, ...]:
+    """One recipe's cells under `header`."""
+    *plain, arithmetic = _picture_cells(name, row)
+    flicker = (_spread(row, "temporal_error", 2), _spread(row, "motion_ratio", 3)) if clips else ()
+    return (*plain, *flicker, arithmetic)
+
+
+def _picture_cells(name: str, row: Mapping[str, Any]) -> tuple[str, ...]:
+    """The cells under HEADER."""
     if row.get("kind") == "reference":
         label = f"{name} ({row.get('label', 'reference')})"
         return (label, *_bits(row), *(NONE,) * 7, "float")
@@ -91,7 +120,7 @@ def _bits(row: Mapping[str, Any]) -> tuple[str, str]:
 
 def _spread(row: Mapping[str, Any], name: str, digits: int) -> str:
     error = row.get(f"{name}_se")
-    return _number(row.get(name), digits) + ("" if error is None else f" ± {error:.{digits}f}")
+    return _number(row.get(f"{name}_mean", row.get(name)), digits) + ("" if error is None else f" ± {error:.{digits}f}")
 
 
 def _number(value: float | None, digits: int) -> str:
@@ -105,7 +134,8 @@ def _short(value: float | None) -> str:
 def csv_text(report: Mapping[str, Any]) -> str:
     """One row for each recipe; the SQNR after each step in one cell with blanks between, kernels as "name x count"."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n", extrasaction="ignore")
+    columns = (*CSV_COLUMNS, *(CLIP_COLUMNS if has_clips(report["recipes"]) else ()))
+    writer = csv.DictWriter(text, columns, lineterminator="\n", extrasaction="ignore")
     writer.writeheader()
     for name, row in report["recipes"].items():
         curve, kernels = row.get("latent_sqnr_db") or (), row.get("kernels") or {}
@@ -121,19 +151,20 @@ def csv_text(report: Mapping[str, Any]) -> str:
 def markdown(report: Mapping[str, Any]) -> str:
     """The whole evaluation as Markdown."""
     rows, about = report["recipes"], report.get("evaluation") or {}
-    spec = report.get("spec") or {}
+    spec, clips = report.get("spec") or {}, has_clips(rows)
     lines = [
         f"# {report.get('model', '')}: evaluation",
         "",
         f"{about.get('prompts')} prompts, {about.get('seeds')} seeds each, {spec.get('steps')} steps, guidance "
-        f"{spec.get('guidance')}, first seed {spec.get('seed')}. {NOTE}",
+        f"{spec.get('guidance')}, first seed {spec.get('seed')}. {note(clips=clips)}",
     ]
     for section in sections(rows):
         lines += ["", f"## {section.title}", ""]
         if section.title == "failed":
             lines += [f"- {name}: {rows[name]['error']}" for name in section.recipes]
         else:
-            lines += _markdown_table(HEADER, (cells(name, rows[name]) for name in section.recipes))
+            filled = (cells(name, rows[name], clips=clips) for name in section.recipes)
+            lines += _markdown_table(header(clips=clips), filled)
     return "\n".join([*lines, ""])
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import CalibrationError
-from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, output_error
+from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, output_error, search_chain
 from trdq_core.nn.input_grid import InputGrid, Range
 from trdq_core.plan import InputGroup
 from trdq_core.scale_search import OutputSamples
@@ -93,7 +93,7 @@ def fit_input(
         return tuple(fit_set(what, transform, weights, part, curvature, seed) for transform, part in pairs)
 
     chains = [chain for chain in group.rule.chains if chain]
-    transforms = {c: _fit_transforms(group, c, weights, statistics, steps_of_sets, rows, seed) for c in chains}
+    transforms = {c: _fit_transforms(group, c, weights, statistics, steps_of_sets, rows, whole, seed) for c in chains}
     # Having no transform is judged in any case, for the report.
     fits = {chain: fit(judged, chain) for chain in dict.fromkeys((*group.rule.chains, ()))}
     errors = {chain: _relative_error(judged, sets, weights, rows) for chain, sets in fits.items()}
@@ -139,14 +139,21 @@ def _fit_transforms(
     statistics: LayerStatistics,
     steps_of_sets: Sequence[Sequence[int]],
     rows: Sequence[Rows],
+    whole: Rows,
     seed: int,
 ) -> tuple[InputTransform, ...]:
     """The transforms of all sets with one chain."""
     smooth = next((spec for spec in chain if spec.kind == "smooth"), None)
-    chain = resolve_adaptive(chain, statistics.rows_at(range(len(statistics.rows))))  # all sets choose alike
+    everything = range(len(statistics.rows))
+    chain = resolve_adaptive(chain, statistics.rows_at(everything))  # all sets choose alike
     weight_absmax = torch.stack([weight.abs().amax(0) for weight in weights.values()]).amax(0)
-    absmax = [statistics.absmax(steps, smooth or chain[0], weight_absmax) for steps in steps_of_sets]
-    return aligned([fit_chain(group, chain, weights, *pair, seed) for pair in zip(rows, absmax, strict=True)])
+
+    def absmax(steps: Sequence[int]) -> Tensor:
+        return statistics.absmax(steps, smooth or chain[0], weight_absmax)
+
+    smoothing = search_chain(group, chain, weights, whole, absmax(everything), seed)
+    sets = zip(rows, steps_of_sets, strict=True)
+    return aligned([fit_chain(group, chain, weights, part, absmax(steps), seed, smoothing) for part, steps in sets])
 
 
 def _relative_error(

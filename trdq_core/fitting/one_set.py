@@ -14,11 +14,13 @@ from trdq_core.plan import InputGroup
 from trdq_core.scale_search import OutputSamples, search_scales
 from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
-from trdq_core.transforms.fit import fit_transform
-from trdq_core.weights.gptq import DAMPING, gptq
+from trdq_core.transforms.fit import find_smoothing, fit_transform
+from trdq_core.transforms.smoothing import Smoothing
+from trdq_core.weights.gptq import triangular
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
+from trdq_core.weights.stacked import StackedWeights
 
 CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 OVERFIT = 1.3  # error on other prompts over that on the rows fitted on, above which GPTQ is damped
@@ -53,19 +55,34 @@ def fit_chain(
     rows: Rows,
     absmax: Tensor,
     seed: int,
+    smoothing: Smoothing | None = None,
 ) -> InputTransform:
     """The transform of one set. `weights` are (out, in) by layer name, `absmax` (channels,)."""
     return fit_transform(
-        chain,
-        rows=rows.fit,
-        absmax=absmax,
-        weights=list(weights.values()),
-        seed=seed,
-        layer=group.layers[0].name,
-        output_error=lambda candidate: _quick_error(
-            group, candidate, weights, rows.fit[:: -(-len(rows.fit) // SEARCH_ROWS)]
-        ),
-    )
+        chain, rows=rows.fit, absmax=absmax, weights=list(weights.values()), seed=seed, layer=group.layers[0].name,
+        smoothing=smoothing,
+    )  # fmt: skip
+
+
+def search_chain(
+    group: InputGroup,
+    chain: Sequence[TransformSpec],
+    weights: Mapping[str, Tensor],
+    rows: Rows,
+    absmax: Tensor,
+    seed: int,
+) -> Smoothing | None:
+    """The smoothing of all sets of an input, searched on rows and absmax of the whole time axis; None if none is open.
+
+    Each set takes the scales that it makes of the set's own absmax, so time still tells in them.
+    """
+    if not any(spec.kind == "smooth" and spec.alpha is None for spec in chain):
+        return None
+    sample = rows.fit[:: -(-len(rows.fit) // SEARCH_ROWS)]
+    return find_smoothing(
+        chain, rows=rows.fit, absmax=absmax, weights=list(weights.values()), seed=seed, layer=group.layers[0].name,
+        output_error=lambda candidate: _quick_error(group, candidate, weights, sample),
+    )  # fmt: skip
 
 
 def fit_set(
@@ -115,11 +132,12 @@ def _fit_weights(
         return _searched_by_output(group, transform, transformed, curvature)
     inputs = transform.apply(rows.many) if rule.rounding == "gptq" or rule.low_rank is not None else None
     if rule.low_rank is not None:
-        return _with_low_rank(group, rule.low_rank, transform, transformed, inputs, seed)
+        return _with_low_rank(
+            group, rule.low_rank, transform, transformed, inputs, transform.apply(rows.held_out), seed
+        )
     if rule.rounding == "gptq":
         assert inputs is not None  # transformed above for this
-        fitted = FittedSet(transform, _gptq_together(transformed, rule.weight, inputs))
-        return _least_overfit(fitted, rule.weight, transformed, inputs, weights, rows)
+        return _rounded_by_gptq(transform, transformed, rule.weight, inputs, weights, rows)
     fitted = {name: quantize_weight(weight, rule.weight, layer=name) for name, weight in transformed.items()}
     if rule.rounding != "adaround":
         return FittedSet(transform, fitted)
@@ -127,38 +145,27 @@ def _fit_weights(
     return FittedSet(transform, fitted, grids=grids)
 
 
-def _gptq_together(
-    transformed: Mapping[str, Tensor], spec: QuantSpec, inputs: Tensor, damping: float = DAMPING
-) -> dict[str, Weight]:
-    """GPTQ of all linears that read one input. Output channels do not know of each other, so one pass does for all."""
-    grids = {name: fit_grid(weight, spec, layer=name) for name, weight in transformed.items()}
-    if spec.granularity == "tensor":  # one scale a linear, so they cannot be stacked
-        values = {n: gptq(weight, grids[n], inputs, damping=damping, layer=n) for n, weight in transformed.items()}
-    else:
-        first, stacked = next(iter(transformed)), torch.cat(list(transformed.values()))
-        together = gptq(stacked, fit_grid(stacked, spec, layer=first), inputs, damping=damping, layer=first)
-        parts = together.split([len(weight) for weight in transformed.values()])
-        values = dict(zip(transformed, parts, strict=True))
-    return {name: grids[name].encode(value) for name, value in values.items()}
-
-
-def _least_overfit(
-    fitted: FittedSet,
-    spec: QuantSpec,
+def _rounded_by_gptq(
+    transform: InputTransform,
     transformed: Mapping[str, Tensor],
+    spec: QuantSpec,
     inputs: Tensor,
     weights: Mapping[str, Tensor],
     rows: Rows,
 ) -> FittedSet:
     """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
     damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
-    exact = InputGrid(None)
+    exact, moments, stacked = InputGrid(None), triangular(inputs), StackedWeights(transformed, spec)
+
+    def encoded(values: Mapping[str, Tensor]) -> FittedSet:
+        return FittedSet(transform, {name: stacked.grids[name].encode(each) for name, each in values.items()})
+
+    fitted = encoded(stacked.gptq(moments))
     (seen, size), (unseen, other_size) = (_error(fitted, weights, part, exact) for part in (rows.fit, rows.held_out))
     if unseen * size <= OVERFIT * seen * other_size:
         return fitted
-    nearest = {name: quantize_weight(weight, spec, layer=name) for name, weight in transformed.items()}
-    damped = [_gptq_together(transformed, spec, inputs, damping) for damping in DAMPINGS]
-    candidates = [fitted, *(fitted._replace(weights=rounded) for rounded in (nearest, *damped))]
+    others = [stacked.nearest(), *(stacked.gptq(moments, damping) for damping in DAMPINGS)]
+    candidates = [fitted, *map(encoded, others)]
     return min(candidates, key=lambda one: _error(one, weights, rows.held_out, exact)[0])
 
 
@@ -199,13 +206,14 @@ def _with_low_rank(
     transform: InputTransform,
     transformed: Mapping[str, Tensor],
     inputs: Tensor | None,
+    held_out: Tensor,
     seed: int,
 ) -> FittedSet:
     """The branch is fitted behind the transform and then folded in front of it: T(x) L^T = x (L M^T)^T with T(x) = x M."""
     spec = group.rule.weight
     assert spec is not None and inputs is not None  # the caller transformed the rows for this
     branch = fit_low_rank(
-        list(transformed.values()), spec, low_rank, inputs=inputs, rounding=group.rule.rounding,
+        list(transformed.values()), spec, low_rank, inputs=inputs, held_out=held_out, rounding=group.rule.rounding,
         layers=list(transformed), seed=seed,
     )  # fmt: skip
     matrix = transform.apply(torch.eye(inputs.shape[1], dtype=torch.float64))

@@ -1,1 +1,1 @@
-"""Integer kernels: one oracle (`reference`), an eager torch path, a C++ library for CPUs, and the choice between them."""
+"""Integer kernels: one oracle (`reference`), an eager torch path, C++ for CPUs, Triton for GPUs, and the choice between them."""

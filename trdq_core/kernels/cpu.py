@@ -11,10 +11,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from trdq_core.errors import BackendUnavailable
+from trdq_core.errors import BackendUnavailable, ShapeError
 from trdq_core.kernels import calls, native, operators, torch_eager
 from trdq_core.kernels.native import unavailable_reason
-from trdq_core.kernels.packing import pack_weight, unpack_weight
+from trdq_core.kernels.packing import in_rows, pack_weight, unpack_weight
 from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
 from trdq_core.kernels.types import (
     NO_STAGES,
@@ -81,7 +81,7 @@ def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor |
     """(tokens, out_features) float32 from levels and packed weight; see `reference.linear` for the formula."""
     check_product(activation.values, weight, bias)
     _check_cpu(activation.values)
-    _check_cpu(weight.data)
+    _check_panels(weight)
     if not fits_panels(weight.in_features, weight.group_size):  # such sizes run right, only slower
         return torch_eager.linear(activation, weight, bias)
     if torch.compiler.is_compiling():
@@ -121,7 +121,7 @@ def linears_from_float(
     rows, prologue = _prepared(x, stages, prologue)
     for weight, bias in weights:
         check_product(rows, weight, bias)
-        _check_cpu(weight.data)
+        _check_panels(weight)
     check_epilogue(rows.shape[0], sum(weight.out_features for weight, _ in weights), epilogue)
     if torch.compiler.is_compiling():
         parts = [_compiled(rows, stages, weight, bias, bits, symmetric, static, clip) for weight, bias in weights]
@@ -178,3 +178,11 @@ def _prepared(x: Tensor, stages: InputStages, prologue: Prologue | None) -> tupl
 def _check_cpu(tensor: Tensor) -> None:
     if tensor.device.type != "cpu":
         raise BackendUnavailable(f'the backend "cpp" takes CPU tensors, got one on {tensor.device}; use "torch" there.')
+
+
+def _check_panels(weight: PackedWeight) -> None:
+    _check_cpu(weight.data)
+    if in_rows(weight):
+        raise ShapeError(
+            "the weight lies in rows, which the GPU kernels read; pass it through packing.to_panels first."
+        )

@@ -11,8 +11,18 @@ import torch
 from torch import Tensor
 
 from trdq_core.errors import BackendUnavailable
-from trdq_core.kernels import build, cpu, native, reference, torch_eager
-from trdq_core.kernels.packing import pack_weight, unpack_weight
+from trdq_core.kernels import (
+    build,
+    capabilities,
+    cpu,
+    native,
+    packing,
+    reference,
+    torch_eager,
+    triton_gpu,
+    triton_selftest,
+)
+from trdq_core.kernels.packing import unpack_weight
 from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
 from trdq_core.kernels.types import (
     NO_STAGES,
@@ -24,7 +34,7 @@ from trdq_core.kernels.types import (
     StaticGrid,
 )
 
-Backend = Literal["reference", "torch", "cpp"]
+Backend = Literal["reference", "torch", "cpp", "triton"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 
 __all__ = [
@@ -44,17 +54,18 @@ __all__ = [
 ]
 
 _PATH_NAMES = {"avx512-vnni": "VNNI", "avx2": "AVX2", "portable": "portable C++"}
-_MODULES: dict[Backend, ModuleType] = {"reference": reference, "torch": torch_eager, "cpp": cpu}
+_MODULES: dict[Backend, ModuleType] = {"reference": reference, "torch": torch_eager, "cpp": cpu, "triton": triton_gpu}
 
 
 def select_backend(device: torch.device, explicit: Backend | None = None) -> Backend:
     """The backend for tensors on `device`: `explicit` if it can run there, else the fastest that can.
 
     BackendUnavailable says what an explicit choice lacks. Without one, "cpp" needs a CPU with AVX512-VNNI or AVX2: its
-    portable path is right but slower than float32, so other machines get "torch".
+    portable path is right but slower than float32, so other machines get "torch". GPUs get "triton" where it runs.
     """
     if explicit is None:
-        return "cpp" if _fallback_reason(device.type) is None else "torch"
+        fastest: Backend = "cpp" if device.type == "cpu" else "triton"
+        return fastest if _fallback_reason(device) is None else "torch"
     if explicit not in BACKENDS:
         raise BackendUnavailable(f"backend={explicit!r} is unknown; use one of {', '.join(BACKENDS)}.")
     if explicit == "cpp":
@@ -63,7 +74,25 @@ def select_backend(device: torch.device, explicit: Backend | None = None) -> Bac
         reason = cpu.unavailable_reason()
         if reason is not None:
             raise BackendUnavailable(f'backend "cpp" cannot run: {reason}')
+    if explicit == "triton":
+        reason = triton_selftest.unavailable_reason(device)
+        if reason is not None:
+            raise BackendUnavailable(f'backend "triton" cannot run: {reason}')
     return explicit
+
+
+def pack_weight(
+    q: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    group_scale: Tensor | None = None,
+    bits: int = 8,
+    *,
+    backend: Backend | None = None,
+) -> PackedWeight:
+    """`packing.pack_weight`, in the layout that `backend` multiplies with: rows for "triton", panels for all others."""
+    packed = packing.pack_weight(q, scale, zero_point, group_scale, bits)
+    return packing.to_rows(packed) if backend == "triton" else packed
 
 
 def transform(x: Tensor, stages: InputStages = NO_STAGES, *, backend: Backend | None = None) -> Tensor:
@@ -91,9 +120,13 @@ def linear(
     bias: Tensor | None = None,
     *,
     backend: Backend | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """(tokens, out_features) float32; see `reference.linear` for the formula."""
-    return _module(activation.values, backend).linear(activation, weight, bias)
+    """(tokens, out_features) in `dtype`; see `reference.linear` for the formula."""
+    module = _module(activation.values, backend)
+    if module is triton_gpu:  # it rounds once, where it writes: half the bytes for the half types
+        return triton_gpu.linear(activation, weight, bias, dtype)
+    return module.linear(activation, weight, bias).to(dtype)
 
 
 def linear_from_float(
@@ -135,6 +168,9 @@ def linears_from_float(
     else:
         if prologue is not None:
             x = apply_prologue(x.flatten(0, -2), prologue).view_as(x)
+        if module is triton_gpu and len(weights) == 1 and epilogue is None:
+            y = triton_gpu.linear_from_float(x, stages, *weights[0], bits, symmetric, static, clip)
+            return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
         levels = module.quantize_activation(x, stages, bits, symmetric, static, clip)
         parts = [module.linear(levels, weight, bias) for weight, bias in weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
@@ -159,6 +195,8 @@ def kernel_name(
     levels = "" if activation_bits == 8 else f", {activation_bits}-bit levels"
     if backend == "reference":
         return f"reference float64{levels}"
+    if backend == "triton":
+        return f"{storage} Triton{levels}" + (" (interpreted)" if triton_gpu.interpreted() else "")
     if backend == "cpp" and cpu.fits_panels(in_features, group_size):
         return f"{storage} {_PATH_NAMES.get(native.path(), 'unavailable')}{levels}"
     return f"torch {'_int_mm' if _integer_product(device) else 'float32 (dequantized)'}{levels}"
@@ -168,25 +206,30 @@ def is_simulated(backend: Backend, device: str = "cpu", *, in_features: int = 64
     """Whether the product of such a layer runs in floating point, so that its time says nothing of a real kernel."""
     if backend == "reference":
         return True
+    if backend == "triton":
+        return triton_gpu.interpreted()  # select_backend let it through, so a GPU with int8 units runs it
     if backend == "cpp" and cpu.fits_panels(in_features, group_size):
         return False
     return not _integer_product(device)
 
 
 def _integer_product(device: str) -> bool:
-    return device == "cuda" or torch_eager.has_integer_product(torch.device(device))
+    sizes = {"in_features": 64, "out_features": 64}  # any that the call takes: what counts is the chip
+    return torch_eager.has_integer_product(torch.device(device), **sizes)
 
 
 def describe(device: torch.device | None = None) -> dict[str, Any]:
     """The backend for `device` (CPU if none), the CPU's features, the build and why not the fastest: JSON values."""
     device = device or torch.device("cpu")
+    capability = capabilities.capability_of(device)
     found = native.loaded()
     seconds = math.nan if found is None else found.library.build_seconds
     return {
         "backend": select_backend(device),
-        "fallback_reason": _fallback_reason(device.type),
+        "fallback_reason": _fallback_reason(device),
         "device": str(device),
         "threads": torch.get_num_threads(),
+        "capability": None if capability is None else ".".join(map(str, capability)),
         "cpu_features": list(build.cpu_features()),
         "path": native.path(),
         "vectorised": native.path() == "avx512-vnni",
@@ -206,9 +249,9 @@ def _automatic(device_type: str) -> Backend:
     return select_backend(torch.device(device_type))
 
 
-def _fallback_reason(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return f"The C++ kernels run on the CPU only, and the tensors are on {device_type}."
+def _fallback_reason(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return triton_selftest.unavailable_reason(device)
     reason = cpu.unavailable_reason()
     if reason is None and native.path() == "portable":
         return "This CPU has neither AVX512-VNNI nor AVX2, and without them the C++ kernels are slower than torch."

@@ -1,10 +1,17 @@
-"""Weights to panels and back, in plain torch; every backend shares this one layout.
+"""Weights to panels and back, in plain torch; every backend on the CPU shares this one layout.
 
 One panel holds 64 output columns. Inside it, four neighbouring input channels of a column lie side by side, because
 the dot-product instruction takes them as one 32-bit lane:
 
     8 bits   [panel][k/4][column][k%4]          one byte each
     4 bits   [panel][k/8][column][k%4]          low nibble: first four channels of the eight, high nibble: last four
+
+GPU kernels read another layout, rows: the channels of one output follow each other, as matrix units want both operands.
+
+    8 bits   [column][k]                        one byte each
+    4 bits   [column][k/128][k%64]              two's complement; low nibble: first 64 channels of the 128, high: last 64
+
+Channels past the last chunk are zeros there. Only `data` differs; scales, zero points and sums are the same in both.
 """
 
 from __future__ import annotations
@@ -14,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trdq_core.errors import ShapeError
-from trdq_core.kernels.types import PANEL, PackedWeight
+from trdq_core.kernels.types import CHUNK, PANEL, PackedWeight
 
 NIBBLE_OFFSET = 8
 GROUP_SCALE_RANGE = (1, 16)
@@ -54,11 +61,34 @@ def pack_weight(
 def unpack_weight(packed: PackedWeight) -> Tensor:
     """The integers given to `pack_weight`: int8 (out_features, in_features), before any group scale."""
     data = packed.data
+    if in_rows(packed):
+        return _unpack_rows(packed)
     if packed.bits == 4:
         pairs = torch.stack((data & 15, data >> 4), dim=2)  # (panels, k/8, 2, 64, 4)
         data = pairs.view(torch.int8).sub_(NIBBLE_OFFSET).flatten(1, 2)
     rows = data.transpose(1, 2).reshape(data.shape[0] * PANEL, -1)
     return rows[: packed.out_features, : packed.in_features].contiguous()
+
+
+def in_rows(packed: PackedWeight) -> bool:
+    """Whether the weight lies in rows, the layout of the GPU kernels."""
+    return packed.data.dim() == 2
+
+
+def to_rows(packed: PackedWeight) -> PackedWeight:
+    """The same weight in rows, for the GPU kernels; as it is if it lies so already."""
+    if in_rows(packed):
+        return packed
+    q = unpack_weight(packed)
+    return packed._replace(data=_row_nibbles(q) if packed.bits == 4 else q)
+
+
+def to_panels(packed: PackedWeight) -> PackedWeight:
+    """The same weight in panels, for the kernels on the CPU; as it is if it lies so already."""
+    if not in_rows(packed):
+        return packed
+    q = unpack_weight(packed)
+    return packed._replace(data=_pack_nibbles(q) if packed.bits == 4 else _pack_bytes(q))
 
 
 def folded_weight(packed: PackedWeight) -> Tensor:
@@ -80,6 +110,20 @@ def _pack_nibbles(q: Tensor) -> Tensor:
     padded = functional.pad(q, (0, -in_features % 8, 0, -out_features % PANEL)) + NIBBLE_OFFSET
     quads = padded.view(torch.uint8).view(-1, PANEL, padded.shape[1] // 8, 2, 4)
     return (quads[:, :, :, 0] | (quads[:, :, :, 1] << 4)).transpose(1, 2).contiguous()
+
+
+def _row_nibbles(q: Tensor) -> Tensor:
+    halves = functional.pad(q, (0, -q.shape[1] % CHUNK)).view(torch.uint8).unflatten(1, (-1, 2, CHUNK // 2))
+    return ((halves[:, :, 0] & 15) | (halves[:, :, 1] << 4)).flatten(1).contiguous()
+
+
+def _unpack_rows(packed: PackedWeight) -> Tensor:
+    if packed.bits == 8:
+        return packed.data
+    low = (packed.data << 4).view(torch.int8) >> 4  # shifting an int8 right keeps its sign
+    high = packed.data.view(torch.int8) >> 4
+    halves = [half.unflatten(1, (-1, CHUNK // 2)) for half in (low, high)]
+    return torch.stack(halves, dim=2).flatten(1)[:, : packed.in_features].contiguous()
 
 
 def _check_weight(q: Tensor, scale: Tensor, zero_point: Tensor | None, group_scale: Tensor | None, bits: int) -> None:

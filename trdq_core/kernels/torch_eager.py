@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from trdq_core.kernels import capabilities
 from trdq_core.kernels.packing import folded_weight, pack_weight, unpack_weight
 from trdq_core.kernels.reference import apply_stages, quantize_rows
 from trdq_core.kernels.types import (
@@ -57,8 +58,13 @@ def quantize_activation(
 def has_integer_product(device: torch.device, in_features: int = 0, out_features: int = 0, tokens: int = 32) -> bool:
     """True where `torch._int_mm` is a fast kernel for these sizes; on CUDA it wants tokens > 16 and multiples of 8."""
     if device.type == "cuda":
-        return tokens > 16 and in_features % 8 == 0 and out_features % 8 == 0
+        return _gpu_has_int8() and tokens > 16 and in_features % 8 == 0 and out_features % 8 == 0
     return device.type == "cpu" and torch.cpu._is_vnni_supported()
+
+
+@torch.compiler.assume_constant_result
+def _gpu_has_int8() -> bool:
+    return capabilities.support(capabilities.capability_of(torch.device("cuda"))).int8 != "simulated"
 
 
 def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None = None) -> Tensor:
@@ -74,8 +80,9 @@ def linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor |
 
 def _integer_linear(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     # Levels minus 128 as signed bytes: symmetric activations then need no correction (zero = 0).
-    values = activation.values.view(torch.int8) ^ -128
-    zero = activation.zero_point - 128.0
+    values, zero = activation.values, activation.zero_point
+    if values.dtype is torch.uint8:
+        values, zero = values.view(torch.int8) ^ -128, zero - 128.0
     y = torch._int_mm(values, folded_weight(weight).t()).float()
     y = torch.addr(y, zero, weight.column_sum, alpha=-1)
     if weight.zero_point is not None:

@@ -11,10 +11,15 @@ from trdq_core.errors import ShapeError
 
 HADAMARD_BLOCKS = (32, 64, 128, 256)
 PANEL = 64  # columns of one weight panel; kPanel in csrc/common.h
+CHUNK = 128  # channels of one chunk of nibbles where weights lie in rows; CHUNK in triton_products
 
 
 class QuantizedActivation(NamedTuple):
-    """Integer levels of (tokens, in_features) activations; real value = (values - zero_point) * scale."""
+    """Integer levels of (tokens, in_features) activations; real value = (values - zero_point) * scale.
+
+    The GPU kernels give int8 instead of uint8, levels and zero point both 128 lower: matrix units there multiply signed
+    bytes by signed bytes. The formula, and so the real value, is the same.
+    """
 
     values: Tensor  # (tokens, in_features) uint8
     scale: Tensor  # (tokens,) float32
@@ -77,11 +82,12 @@ class Epilogue(NamedTuple):
 
 
 class PackedWeight(NamedTuple):
-    """A weight of (out_features, in_features) integers in panels of 64 columns, ready for every backend.
+    """A weight of (out_features, in_features) integers in panels of 64 columns, or in rows for the GPU kernels.
 
     Real value = (integer * group_scale - zero_point) * scale, where group_scale is 1 if absent.
     data, 8 bits: int8  (panels, ceil(in/4), 64, 4)
           4 bits: uint8 (panels, ceil(in/8), 64, 4); low nibble = channels 8j..8j+3, high = 8j+4..8j+7, value + 8
+    In rows, as `packing.to_rows` makes them: int8 (out, in), or uint8 (out, ceil(in/128) * 64).
     All tensors are contiguous, so a set of weights can be stacked along a new first axis and indexed without a copy.
     """
 
@@ -186,7 +192,8 @@ def check_product(values: Tensor, weight: PackedWeight, bias: Tensor | None) -> 
         )
     if bias is not None and bias.shape != (weight.out_features,):
         raise ShapeError(f"bias has shape {tuple(bias.shape)} but the weight gives out_features={weight.out_features}.")
-    if weight.data.shape != packed_shape(weight.bits, weight.in_features, weight.out_features):
+    sizes = (weight.bits, weight.in_features, weight.out_features)
+    if weight.data.shape not in (packed_shape(*sizes), row_shape(*sizes)):
         raise ShapeError(
             f"packed data has shape {tuple(weight.data.shape)}; {weight.bits} bits, in_features={weight.in_features} "
             f"and out_features={weight.out_features} need one set of "
@@ -197,3 +204,8 @@ def check_product(values: Tensor, weight: PackedWeight, bias: Tensor | None) -> 
 def packed_shape(bits: int, in_features: int, out_features: int) -> tuple[int, int, int, int]:
     """Shape of `PackedWeight.data`: bytes of 8 bits hold 4 channels per lane, nibbles of 4 bits hold 8."""
     return (-(-out_features // PANEL), -(-in_features // (32 // bits)), PANEL, 4)
+
+
+def row_shape(bits: int, in_features: int, out_features: int) -> tuple[int, int]:
+    """Shape of `PackedWeight.data` in rows: a byte a channel for 8 bits, half a byte in chunks of 128 for 4."""
+    return (out_features, in_features if bits == 8 else -(-in_features // CHUNK) * (CHUNK // 2))

@@ -32,9 +32,12 @@ class Map(NamedTuple):
 
 def check_attention(name: str, attention: nn.Module) -> None:
     """RecipeError unless the attention is of the plain kind whose work can be shared."""
-    kind = type(attention.processor).__name__
-    extras = attention.spatial_norm is not None or attention.group_norm is not None or attention.residual_connection
-    if kind not in PLAIN_PROCESSORS or extras:
+    kind = type(getattr(attention, "processor", attention)).__name__
+    plain = kind in PLAIN_PROCESSORS  # others may lack the attributes that come next
+    extras = plain and (
+        attention.spatial_norm is not None or attention.group_norm is not None or attention.residual_connection
+    )
+    if not plain or extras:
         raise RecipeError(
             f"{name}: its attention ({kind}) cannot be shared; plain self-attention of diffusers can, leave the block out."
         )

@@ -65,6 +65,7 @@ class MeasuringAttention:
         self.moved: dict[float, list[float]] = {}  # nothing at the first step of a run
         self._before: dict[str, tuple[float, Tensor]] = {}
         self.tokens = 0
+        self.parts = 1  # calls on a clip look at each of its frames alone: how many a branch has
 
     def __call__(
         self,
@@ -101,17 +102,17 @@ class MeasuringAttention:
                 Map(*(None if part is None else part[rows] for part in source))
                 for rows in (slice(None, half), slice(half, None))
             )
-            self._add(measure_gap(second, first, values[:half]), x.shape[1])
+            self._add(measure_gap(second, first, values[:half]), x.shape[1], half)
             return
         other = "unconditional" if step.branch == "conditional" else "conditional"
         waiting = step.kept.pop((self, other), None)
         if waiting is None:
             step.kept[self, step.branch] = (source, values)
         elif step.branch == "unconditional":
-            self._add(measure_gap(waiting[0], source, values), x.shape[1])
+            self._add(measure_gap(waiting[0], source, values), x.shape[1], len(x))
         else:
-            self._add(measure_gap(source, *waiting), x.shape[1])
+            self._add(measure_gap(source, *waiting), x.shape[1], len(x))
 
-    def _add(self, gap: Gap, tokens: int) -> None:
+    def _add(self, gap: Gap, tokens: int, parts: int) -> None:
         self.seen.setdefault(self.time.timestep, []).append(gap)
-        self.tokens = tokens
+        self.tokens, self.parts = tokens, parts

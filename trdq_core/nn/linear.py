@@ -54,7 +54,8 @@ class QuantizedLinear(nn.Module):
         self.storage_bits = storage_bits(first.bits) if self.integer else first.bits
         self.file_bytes = sum(packed_bytes(weight) for weight in weights)
         names = list(PACKED_FIELDS) if self.integer else ["codes", *CODED_FIELDS]
-        buffers = packed_buffers([pack(w) for w in weights]) if self.integer else coded_buffers(weights)
+        backend = input_quantizer.backend
+        buffers = packed_buffers([pack(w, backend) for w in weights]) if self.integer else coded_buffers(weights)
         for name in names:
             self.register_buffer(name, buffers.get(name))
         self._like = None if self.integer else shape_only(first)
@@ -80,7 +81,9 @@ class QuantizedLinear(nn.Module):
     def product(self, seen: QuantizedInput, x: Tensor) -> Tensor:
         """The output for an input that is quantized already: (..., out_features) with the leading sizes and dtype of x."""
         if self.integer:
-            y = dispatch.linear(seen.values, self.packed_weight(), self.bias, backend=self.input_quantizer.backend)
+            dtype = x.dtype if seen.low_rank is None else torch.float32
+            backend = self.input_quantizer.backend
+            y = dispatch.linear(seen.values, self.packed_weight(), self.bias, backend=backend, dtype=dtype)
         else:
             y = functional.linear(seen.values, self.dense_weight(), self.bias)
         return self._with_low_rank(y.view(*x.shape[:-1], self.out_features), seen.low_rank).to(x.dtype)

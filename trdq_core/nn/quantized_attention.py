@@ -88,14 +88,15 @@ def quantized_products(source: Map, values: Tensor, grids: AttentionGrids, thres
 
 def check_products(name: str, attention: nn.Module) -> None:
     """RecipeError unless the attention is of the plain kind whose products can be quantized."""
-    kind = type(attention.processor).__name__
-    extras = (
+    kind = type(getattr(attention, "processor", attention)).__name__
+    plain = kind in PLAIN_PROCESSORS  # others may lack the attributes that come next
+    extras = plain and (
         attention.spatial_norm is not None
         or attention.group_norm is not None
         or attention.residual_connection
         or attention.norm_cross
     )
-    if kind not in PLAIN_PROCESSORS or extras:
+    if not plain or extras:
         raise RecipeError(
             f"{name}: the products of its attention ({kind}) cannot be quantized; plain attention of diffusers can, "
             "use a recipe without attention products."

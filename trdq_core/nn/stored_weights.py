@@ -24,14 +24,15 @@ def storage_bits(bits: int) -> int:
     return 4 if bits <= 4 else 8
 
 
-def pack(weight: QuantizedWeight) -> PackedWeight:
-    """Integer weights in the layout that the matrix products read."""
+def pack(weight: QuantizedWeight, backend: dispatch.Backend | None = None) -> PackedWeight:
+    """Integer weights in the layout that the matrix products of `backend` read."""
     return dispatch.pack_weight(
         weight.values,
         weight.scale,
         zero_point=weight.zero_point,
         group_scale=weight.group_scale,
         bits=storage_bits(weight.bits),
+        backend=backend,
     )
 
 

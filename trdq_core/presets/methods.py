@@ -26,8 +26,12 @@ SPATIAL_ROLES = (
 TEMPORAL_ROLES = (
     "temporal_q", "temporal_k", "temporal_v", "temporal_out", "temporal_mlp_in", "temporal_mlp_out",
 )  # fmt: skip
-QUANTIZED_ROLES = (*SPATIAL_ROLES, *TEMPORAL_ROLES)
-MLP_OUT_ROLES = ("mlp_out", "temporal_mlp_out")
+# The stream of text tokens in blocks where text and picture attend jointly (MMDiT), and blocks for text alone.
+TEXT_ROLES = ("text_q", "text_k", "text_v", "text_out", "text_mlp_in", "text_mlp_out")
+# One linear for several of the above: queries, keys, values and feed-forward; attention's and feed-forward's way out.
+FUSED_ROLES = ("fused_in", "fused_out")
+QUANTIZED_ROLES = (*SPATIAL_ROLES, *TEMPORAL_ROLES, *TEXT_ROLES, *FUSED_ROLES)
+MLP_OUT_ROLES = ("mlp_out", "temporal_mlp_out", "text_mlp_out")
 
 SMOOTH = TransformSpec(kind="smooth", alpha=0.5)
 SERPENTINE = TransformSpec(kind="serpentine")
@@ -198,7 +202,9 @@ def _tr_dq_plus(w: int, a: int) -> Ingredients:
 def _tr_dq_plus_low_rank(w: int, a: int) -> Ingredients:
     (plain,) = _tr_dq_plus(w, a).rules
     weight = groups_of(w, 64, range="mse") if w == 4 else plain.weight
-    return Ingredients((dataclasses.replace(plain, weight=weight, low_rank=LowRankSpec(rank=28, iterations=6)),))
+    return Ingredients(
+        (dataclasses.replace(plain, weight=weight, low_rank=LowRankSpec(rank=28, iterations=6, refit=True)),)
+    )
 
 
 METHODS: dict[str, Method] = {

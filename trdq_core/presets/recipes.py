@@ -8,6 +8,7 @@ import re
 
 from trdq_core.errors import RecipeError
 from trdq_core.presets.methods import ALIASES, METHODS
+from trdq_core.presets.peers import PREFIX, peer_recipe
 from trdq_core.specs import (
     ACTIVATION_BITS,
     WEIGHT_BITS,
@@ -75,8 +76,10 @@ def parse_recipe(
     edges: tuple[float, ...] = (),
     storage: Storage | None = None,
 ) -> Recipe:
-    """The recipe called like `tr-dq-w4a8`, `rtn-w8a8` or `fp`; bits left out mean W8A8."""
-    text = name.strip().lower()
+    """The recipe called like `tr-dq-w4a8`, `rtn-w8a8` or `fp`; bits left out mean W8A8. `peer-NAME` is another tool."""
+    text = name.strip().lower().replace("peer:", PREFIX)
+    if text.startswith(PREFIX):
+        return peer_recipe(text.removeprefix(PREFIX))
     found = re.fullmatch(r"(.+?)(?:-w(\d+)a(\d+))?", text)
     if not text or found is None:
         raise RecipeError("recipe: the name is empty; write a method and bits, such as tr-dq-w4a8.")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from trdq_core.errors import CalibrationError
 from trdq_core.nn.modules import replace_module, share_copy
-from trdq_core.reconstruction.calls import tensors_of
+from trdq_core.reconstruction.calls import RecordedCalls, tensors_of
 from trdq_core.reconstruction.soft import SoftLinear, make_soft, prepare
 from trdq_core.reconstruction.units import Unit, UnitLinear
 from trdq_core.specs import ReconstructionSpec
@@ -33,6 +33,7 @@ class Task:
     targets: Callable[[Tensor], list[Tensor]]
     learn: Tensor  # items learned on
     held_out: Tensor  # items the result is judged by
+    record: RecordedCalls  # which items may go into one call
     groups: Tensor | None = None  # (items,) time group, where static input ranges differ between them
 
     def outputs(self, items: Tensor) -> list[Tensor]:
@@ -45,9 +46,9 @@ class Task:
     def error(self, items: Tensor) -> tuple[float, float]:
         """Squared error of all outputs for some items, and the squared size of what they should be."""
         wrong = size = 0.0
-        for part in items.split(CHUNK):
+        for part in self.record.batches(items, CHUNK):
             for got, wanted in zip(self.outputs(part), self.targets(part), strict=True):
-                wrong += float((got - wanted).square().sum())
+                wrong += float((got - wanted.view_as(got)).square().sum())
                 size += float(wanted.square().sum())
         return wrong, size
 
@@ -102,9 +103,9 @@ def learn_rounding(
     parameters = [linear.v for linear in task.soft.values()]
     optimizer = torch.optim.Adam(parameters, lr=spec.learning_rate, fused=True)
     for iteration, beta in enumerate(betas(spec)):
-        items = task.learn[torch.randint(len(task.learn), (spec.batch,), generator=generator)]
+        items = task.record.draw(task.learn, spec.batch, generator)
         pairs = zip(task.outputs(items), task.targets(items), strict=True)
-        loss = sum((got - wanted).square().sum() for got, wanted in pairs) / (spec.batch * scale)
+        loss = sum((got - wanted.view_as(got)).square().sum() for got, wanted in pairs) / (spec.batch * scale)
         if beta is not None:
             loss = loss + spec.round_weight * sum(rounding_penalty(v, beta) for v in parameters)
         if not math.isfinite(loss.item()):

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from trdq_core.errors import CalibrationError
 from trdq_core.reconstruction.calls import RecordedCalls, Values, tensors_of
 from trdq_core.reconstruction.learning import CHUNK, working_copy
 from trdq_core.reconstruction.soft import prepare
@@ -59,14 +60,16 @@ class Replay:
 
     @torch.no_grad()
     def outputs(self, module: nn.Module, name: str, values: Values) -> tuple[Tensor, ...]:
-        """Everything that `module`, standing at `name`, returns for all items (items, ...), fp32 on the CPU."""
+        """Everything that `module`, standing at `name`, returns for all items: (items, ...), or (items, parts, ...) where it
+        looks at parts of an item alone; fp32 on the CPU."""
         parts = []
         dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-        for items in torch.arange(self.record.count).split(CHUNK):
+        for items in self._batches():
             prepare(module, None if self.groups is None else self.groups[items])
             args, kwargs = self.record.arguments(name, items, values, self.device, dtype)
-            parts.append([tensor.float().cpu() for tensor in tensors_of(module(*args, **kwargs))])
-        return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+            returned = tensors_of(module(*args, **kwargs))
+            parts.append([_by_items(tensor.float().cpu(), len(items)) for tensor in returned])
+        return tuple(self._in_order(column, name) for column in zip(*parts, strict=True))
 
     def inside(self, module: nn.Module, name: str, values: Values, inner: nn.Module) -> tuple[Tensor, Tensor]:
         """What the linear `inner` of a block reads and returns for all items, (items, ..., channels) each."""
@@ -76,10 +79,30 @@ class Replay:
             self.outputs(module, name, values)
         finally:
             handle.remove()
-        read, returned = (torch.cat(parts) for parts in seen.values())
-        if len(read) == self.record.count:
-            return read, returned
-        return tuple(part.view(self.record.count, -1, part.shape[-1]) for part in (read, returned))  # tokens laid flat
+        sizes = [len(items) for items in self._batches()]
+        read, returned = (
+            self._in_order([_by_items(part, size) for part, size in zip(parts, sizes, strict=True)], name)
+            for parts in seen.values()
+        )
+        return read, returned
+
+    def _batches(self) -> Iterator[Tensor]:
+        return self.record.batches(torch.arange(self.record.count), CHUNK)
+
+    def _in_order(self, parts: Sequence[Tensor], name: str) -> Tensor:
+        """Results of the batches, (n, ...) each, as one tensor in the order of the items."""
+        if len({part.shape[1:] for part in parts}) > 1:
+            raise CalibrationError(
+                f"{name}: its outputs differ in length from prompt to prompt, so its rounding cannot be learned alone; "
+                'use unit "block", or prompts of one length.'
+            )
+        joined = torch.cat(list(parts))
+        return joined[torch.cat(list(self._batches())).argsort()] if self.record.lengths else joined
+
+
+def _by_items(tensor: Tensor, count: int) -> Tensor:
+    """(count * parts, ...) as (count, parts, ...); as it is where it goes by items already."""
+    return tensor if len(tensor) == count else tensor.unflatten(0, (count, -1))
 
 
 def _watch(seen: dict[str, list[Tensor]]) -> object:

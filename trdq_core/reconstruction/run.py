@@ -97,6 +97,7 @@ def reconstruct(
     units = plan_units(learned, blocks, temporal, spec.unit)
     reports = {"on_event": on_event, "cancelled": cancelled, "recipe": recipe.name}
     replays = _record(model, units, blocks, statistics, groups or TimeGroups(), reports)
+    units = _in_call_order(units, replays)
     progress = Progress("reconstruct", TICKS * len(units), **reports)
     about = [VERSION, model.fingerprint(), spec.to_dict(), statistics.about.get("fingerprint"), seed]
     store, digest, result = UnitStore(folder), digest_of(about), Reconstruction()
@@ -175,11 +176,24 @@ def _record(
     others = [unit for unit in units if unit.kind != "temporal"]
     if others:
         last = max((blocks.index(block) for unit in others if (block := _block_of(unit)) is not None), default=-1)
-        walked = blocks[: last + 1]
+        # Where blocks stand in several lists, which the model takes turns in, the last one needed is not known by its place.
+        lists = {block.rpartition(".")[0] for block in blocks}
+        walked = blocks[: last + 1] if len(lists) == 1 else blocks
         alone = [unit.module for unit in others if _block_of(unit) is None]
         record = record_calls(model, walked, alone, statistics, lambda total: Progress("observe", total, **reports))
-        replays[False] = replay(record, walked)
+        replays[False] = replay(record, [name for name in record.templates if name in walked])
     return replays
+
+
+def _in_call_order(units: Sequence[Unit], replays: Mapping[bool, Replay]) -> list[Unit]:
+    """The units with those of blocks in the order in which the model calls the blocks; models may list them otherwise."""
+    calls = list(replays[False].record.templates) if False in replays else []
+    places = [place for place, unit in enumerate(units) if _block_of(unit) is not None]
+    ordered = list(units)
+    moved = sorted((units[place] for place in places), key=lambda unit: calls.index(_block_of(unit)))
+    for place, unit in zip(places, moved, strict=True):
+        ordered[place] = unit
+    return ordered
 
 
 def _block_of(unit: Unit) -> str | None:
@@ -214,7 +228,7 @@ def _make_task(unit: Unit, replay: Replay, linears: Sequence[UnitLinear], model:
     learn, held_out = _split(record, unit.kind == "temporal")
     return Task(
         unit.module, module, soft, arguments, lambda items: [part[items].to(device) for part in targets], learn, held_out,
-        replay.groups,
+        record, replay.groups,
     )  # fmt: skip
 
 

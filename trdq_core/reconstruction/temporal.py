@@ -20,7 +20,7 @@ from trdq_core.reconstruction.capture import CallRecorder
 from trdq_core.reconstruction.units import TEMPORAL_ROLES, Unit
 from trdq_core.sampling import SampledModel, sample
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import TimeContext
+from trdq_core.timegroups import TimeArgument, TimeContext, time_argument
 
 _SAME = 1e-5  # rows of an input that differ by less, relative to the largest value, are the same
 
@@ -35,11 +35,9 @@ class DenoiserCall(NamedTuple):
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def at(self, argument: str, timestep: float) -> DenoiserCall:
+    def at(self, argument: TimeArgument | str, timestep: float) -> DenoiserCall:
         """The same call at another timestep."""
-        told = self.kwargs[argument]
-        moved = torch.full_like(told, timestep) if isinstance(told, Tensor) else type(told)(timestep)
-        return self._replace(kwargs={**self.kwargs, argument: moved})
+        return DenoiserCall(*time_argument(argument).moved(self.args, self.kwargs, timestep))
 
 
 class ModulationTable(NamedTuple):

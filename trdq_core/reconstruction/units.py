@@ -46,8 +46,9 @@ class Unit(NamedTuple):
 
 
 def find_blocks(layers: Iterable[LayerInfo]) -> tuple[str, ...]:
-    """The transformer blocks in model order: what is numbered and holds a self-attention, by the names of its queries."""
-    found = (re.match(r"(.*\.\d+)\.", layer.name) for layer in layers if layer.role == "self_q")
+    """The transformer blocks in model order: what is numbered and holds a self-attention, by the names of its queries.
+    Blocks that attend across frames stand after all others where a model lists them apart; it calls them in turns."""
+    found = (re.match(r"(.*\.\d+)\.", layer.name) for layer in layers if layer.role in ("self_q", "temporal_q"))
     return tuple(dict.fromkeys(match[1] for match in found if match))
 
 

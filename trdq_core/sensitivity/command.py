@@ -9,6 +9,7 @@ from typing import Any
 
 from trdq_core.bitwidths import split_name
 from trdq_core.errors import RecipeError, TRDQError
+from trdq_core.evaluation.references import batch_size
 from trdq_core.sensitivity.measure import Recorded, Target, measure_layers, record, targets_of
 from trdq_core.sensitivity.table import FILE, Cell, LayerSensitivity, Sensitivity
 from trdq_core.session import Session, convert_for, statistics_for
@@ -35,7 +36,7 @@ def sensitivity(session: Session, report: dict[str, Any]) -> None:
 def _check(spec: RunSpec) -> None:
     if not spec.prompts or not spec.bits:
         raise RecipeError("sensitivity: it takes at least one prompt and one bit-width; give --prompts and --bits.")
-    if len(spec.recipes) != len(spec.bits) or not all(recipe.quantized for recipe in spec.recipes):
+    if len(spec.recipes) != len(spec.bits) or not all(recipe.fitted for recipe in spec.recipes):
         raise RecipeError(
             f"sensitivity: got {len(spec.recipes)} recipes for {len(spec.bits)} bit-widths; give one quantizing recipe each."
         )
@@ -53,7 +54,7 @@ def measure_sensitivity(session: Session, statistics: Statistics) -> Sensitivity
     columns = _finished(session)
     before = columns.pop("seconds", 0.0)
     session.stage("reference", f"Recording the denoiser on {len(spec.prompts)} prompts")
-    progress = session.progress("reference", -(-len(spec.prompts) // 8) * spec.steps)
+    progress = session.progress("reference", -(-len(spec.prompts) // batch_size(model)) * spec.steps)
     recorded = record(
         model, spec.prompts, steps=spec.steps, guidance=spec.guidance, seed=spec.seed, on_step=progress.advance
     )

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from trdq_core import branches, profiling
 from trdq_core.convert import Conversion
-from trdq_core.evaluation.references import BATCH
+from trdq_core.evaluation.references import batch_size
+from trdq_core.nn.guided_forward import first_tensor
 from trdq_core.nn.modules import module_bytes, replace_module, share_copy
 from trdq_core.plan import LayerInfo, group_inputs
 from trdq_core.sampling import SampledModel, sample_batch
@@ -58,8 +59,9 @@ def record(
     chosen = [int((i + 0.5) * steps / count) for i in range(count)]
     kept: list[dict[str, Any]] = []
     timesteps: list[float] = []
-    for first in range(0, len(prompts), BATCH):
-        part = conditionings[first : first + BATCH]
+    size = batch_size(model)
+    for first in range(0, len(prompts), size):
+        part = conditionings[first : first + size]
         seeds = [seed + first + i for i in range(len(part))]
         seen: list[float] = []
 
@@ -71,7 +73,8 @@ def record(
             model.denoiser,
             lambda c=part, s=seeds, f=look: sample_batch(model, c, s, steps=steps, guidance=guidance, on_step=f),
         )
-        kept += [calls[step] for step in chosen]
+        in_step = len(calls) // len(seen)  # two where each guidance branch has a call
+        kept += [call for step in chosen for call in calls[step * in_step : (step + 1) * in_step]]
         timesteps = [seen[step] for step in chosen]
     with branches.joint() if guidance > 1 else branches.single():
         outputs = [_output(model.denoiser, call) for call in kept]
@@ -136,7 +139,8 @@ def _denoiser_error(denoiser: nn.Module, recorded: Recorded) -> float:
 
 
 def _output(denoiser: nn.Module, call: Mapping[str, Any]) -> Tensor:
-    return denoiser(**{**call, "return_dict": False})[0]
+    prediction: Any = first_tensor(denoiser(**call))
+    return torch.stack(prediction) if isinstance(prediction, list) else prediction  # some give one tensor an item
 
 
 def _bytes(layer: nn.Module, target: Target) -> tuple[int, int]:

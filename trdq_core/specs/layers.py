@@ -123,10 +123,14 @@ class TransformSpec(Spec):
 
 @dataclass(frozen=True, kw_only=True)
 class LowRankSpec(Spec):
-    """A full-precision branch of small rank that takes the largest part of the weight off the grid (SVDQuant)."""
+    """A full-precision branch of small rank that takes the largest part of the weight off the grid (SVDQuant).
+
+    `refit` fits it once more, at the end, to what the rounding left over, in the metric of the inputs.
+    """
 
     rank: int = 32
     iterations: int = 10  # at most; it ends when the output error grows, and the best is kept
+    refit: bool = False
 
     def __post_init__(self) -> None:
         if not 1 <= self.rank <= 1024:

@@ -221,8 +221,11 @@ class Recipe(Spec):
     description: str = ""
     source: str = ""
     format_version: int = FORMAT_VERSION
+    peer: str | None = None  # another tool does the work, `presets.PEERS` names them; the rules say on which layers
 
     def __post_init__(self) -> None:
+        if self.peer is not None:
+            self._check_peer()
         if self.format_version > FORMAT_VERSION:
             raise RecipeError(
                 f"format_version: got {self.format_version}; this version reads up to {FORMAT_VERSION}, update TR-DQ Studio."
@@ -241,7 +244,20 @@ class Recipe(Spec):
                 f"{self.name}: attention products are either quantized or shared between the branches; leave one out."
             )
 
+    def _check_peer(self) -> None:
+        ours = (self.sharing, self.attention, self.reconstruction)
+        if any(part is not None for part in ours) or any(any(rule.chains) for rule in self.rules):
+            raise RecipeError(
+                f"{self.name}: the tool {self.peer} decides how it quantizes; leave sharing, attention, reconstruction and "
+                "transforms out, its rules only say which layers."
+            )
+
     @property
     def quantized(self) -> bool:
         """Whether any rule quantizes anything."""
         return any(rule.weight is not None for rule in self.rules)
+
+    @property
+    def fitted(self) -> bool:
+        """Whether this project quantizes by it, and so needs the statistics of a calibration; another tool brings its own."""
+        return self.quantized and self.peer is None

@@ -9,7 +9,7 @@ from trdq_core.errors import RecipeError
 from trdq_core.specs.base import Spec
 from trdq_core.specs.recipe import Recipe, SharingSpec
 
-Command = Literal["calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity"]
+Command = Literal["calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity", "save"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,10 +25,12 @@ class RunSpec(Spec):
     guidance: float = 3.5
     seed: int = 0
     timing_rounds: int = 10
-    backend: Literal["reference", "torch", "cpp"] | None = None  # None: the fastest that runs here
+    backend: Literal["reference", "torch", "cpp", "triton"] | None = None  # None: the fastest that runs here
     sharing: SharingSpec | None = None  # of the attention command: the threshold and time groups to plan with
     seeds: int = 1  # of evaluate: pictures of each prompt, from seed, seed + 1000 and so on
     trace: str | None = None  # of profile: the file that gets a Chrome trace of one step
+    save_to: str | None = None  # of save: the folder to write; None: "model" in the run folder
+    push_to_hub: str | None = None  # of save: OWNER/NAME to upload it to
     bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone
 
     def __post_init__(self) -> None:

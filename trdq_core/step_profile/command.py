@@ -22,9 +22,12 @@ def profile_steps(
 ) -> None:
     """Add "split", "roofline" and, if the specification names a file, a Chrome trace to the rows of some denoisers.
 
-    `call` holds the arguments of one denoiser call. Simulated rows get none of it: their time is that of no kernel.
+    `call` holds the arguments of one denoiser call. Simulated rows get none of it, since their time is that of no kernel, nor
+    do other tools, whose work is not cut into operators that torch's profiler could see.
     """
-    shown = {name: denoiser for name, denoiser in denoisers.items() if not report["recipes"][name]["simulated"]}
+    rows = report["recipes"]
+    own = {name for name, row in rows.items() if not row["simulated"] and row["kind"] != "peer"}
+    shown = {name: denoiser for name, denoiser in denoisers.items() if name in own}
     session.stage("measure", "Taking one step of each column apart")
     progress = session.progress("measure", len(shown))
     peaks = measured_peaks()
@@ -69,6 +72,6 @@ def memory_of(row: Mapping[str, Any], reference: Mapping[str, Any]) -> dict[str,
     return {
         "weights_bytes": row["resident_bytes"],
         "peak_rss_bytes": row["peak_rss_bytes"],
-        "disk_bytes": row["disk_bytes"],
+        "disk_bytes": row.get("disk_bytes", 0),
         "full_precision_bytes": reference["resident_bytes"],
     }

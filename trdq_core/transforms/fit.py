@@ -13,7 +13,7 @@ from trdq_core.numerics.hadamard import hadamard, rotate_blocks
 from trdq_core.specs import TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.rotation import greedy_rotation, serpentine_permutation
-from trdq_core.transforms.smoothing import search_scale, smooth_scale
+from trdq_core.transforms.smoothing import Smoothing, search_smoothing
 from trdq_core.transforms.steps import resolve_adaptive, step_blocks
 
 OutputError = Callable[[InputTransform], float]
@@ -28,32 +28,63 @@ def fit_transform(
     weights: Sequence[Tensor],
     seed: int,
     layer: str = "input",
+    smoothing: Smoothing | None = None,
     output_error: OutputError | None = None,
 ) -> InputTransform:
     """The transform for one input tensor, fitted on its sampled rows (tokens, channels) and channel absmax (channels,).
 
     `weights` are those of all linears reading the tensor, (out, channels) each: they share the transform. A smooth step
-    without alpha is searched: `output_error` quantizes with the transform it is handed and returns the layer's error.
-    Candidates are judged inside the complete transform; greedy rotations, too dear to fit for each of them, are stood in for
-    by a permutation and a Hadamard of the same block, which spread outliers about as well. An adaptive rotation looks at the
-    RMS of `rows`; with several time groups call `resolve_adaptive` first, so that all of them choose alike.
+    without alpha takes `smoothing`, or is searched with `output_error` as `find_smoothing` does it. An adaptive rotation looks
+    at the RMS of `rows`; with several time groups call `resolve_adaptive` first, so that all of them choose alike.
     RecipeError if alpha is to be searched without `output_error`.
     """
+    steps, smooth, values, weight_absmax = _prepared(specs, rows, weights, layer)
+    if smooth is None:
+        return _complete(steps, None, values, seed)
+    if smooth.alpha is not None:
+        smoothing = Smoothing(smooth.alpha)
+    elif smoothing is None:
+        smoothing = find_smoothing(
+            specs, rows=rows, absmax=absmax, weights=weights, seed=seed, layer=layer, output_error=output_error
+        )
+    return _complete(steps, smoothing.scale(absmax, weight_absmax), values, seed)
+
+
+def find_smoothing(
+    specs: Sequence[TransformSpec],
+    *,
+    rows: Tensor,
+    absmax: Tensor,
+    weights: Sequence[Tensor],
+    seed: int,
+    layer: str = "input",
+    output_error: OutputError | None = None,
+) -> Smoothing:
+    """The smoothing of a chain whose smooth step leaves alpha open: `output_error` quantizes with the transform it is handed
+    and returns the layer's error.
+
+    Candidates are judged inside the complete transform; greedy rotations, too dear to fit for each of them, are stood in for
+    by a permutation and a Hadamard of the same block, which spread outliers about as well.
+    """
+    if output_error is None:
+        raise RecipeError(f"{layer}: smooth without alpha is searched by the output error; give alpha here.")
+    steps, _, values, weight_absmax = _prepared(specs, rows, weights, layer)
+    quick = _stand_in(steps)
+    return search_smoothing(
+        lambda candidate: output_error(_complete(quick, candidate.scale(absmax, weight_absmax), values, seed))
+    )
+
+
+def _prepared(
+    specs: Sequence[TransformSpec], rows: Tensor, weights: Sequence[Tensor], layer: str
+) -> tuple[list[Step], TransformSpec | None, Tensor, Tensor]:
+    """Steps with their blocks, the smooth step, the rows as floats, and the weights' channel absmax (channels,)."""
     resolved = resolve_adaptive(specs, rows)
     stacked = torch.cat([weight.double() for weight in weights])
     blocks = step_blocks(resolved, rows.shape[1], len(stacked), layer=layer)
     steps = [(spec, block) for spec, block in zip(resolved, blocks, strict=True) if spec.kind != "smooth"]
     smooth = next((spec for spec in resolved if spec.kind == "smooth"), None)
-    values, weight_absmax = rows.float(), stacked.abs().amax(0)
-    if smooth is None:
-        return _complete(steps, None, values, seed)
-    if smooth.alpha is not None:
-        return _complete(steps, smooth_scale(absmax, weight_absmax, smooth.alpha), values, seed)
-    if output_error is None:
-        raise RecipeError(f"{layer}: smooth without alpha is searched by the output error; give alpha here.")
-    quick = _stand_in(steps)
-    best = search_scale(absmax, weight_absmax, lambda scale: _complete(quick, scale, values, seed), output_error)
-    return _complete(steps, best, values, seed)
+    return steps, smooth, rows.float(), stacked.abs().amax(0)
 
 
 def _complete(steps: Sequence[Step], scale: Tensor | None, values: Tensor, seed: int) -> InputTransform:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
-
-from trdq_core.transforms.base import InputTransform
 
 FLOOR = 1e-5  # channel ranges below it count as this, so that a dead channel keeps a finite scale
 ALPHAS = tuple(i / 20 for i in range(1, 20))
@@ -21,28 +20,35 @@ def smooth_scale(activation_absmax: Tensor, weight_absmax: Tensor | None, alpha:
     return a if weight_absmax is None else a / weight_absmax.double().clamp_min(FLOOR).pow(1 - alpha)
 
 
-def candidate_scales(activation_absmax: Tensor, weight_absmax: Tensor) -> Iterator[Tensor | None]:
-    """No scale, then both forms at every alpha = i / 20: the 39 candidates of SVDQuant."""
-    yield None
-    for alpha in ALPHAS:
-        yield smooth_scale(activation_absmax, weight_absmax, alpha)
-        yield smooth_scale(activation_absmax, None, alpha)
+class Smoothing(NamedTuple):
+    """How a scale comes from ranges: SmoothQuant's formula, or its numerator alone; no scale where `alpha` is None."""
+
+    alpha: float | None
+    with_weights: bool = True
+
+    def scale(self, activation_absmax: Tensor, weight_absmax: Tensor) -> Tensor | None:
+        """d (channels,) float64 of these ranges, (channels,) each."""
+        if self.alpha is None:
+            return None
+        return smooth_scale(activation_absmax, weight_absmax if self.with_weights else None, self.alpha)
 
 
-def search_scale(
-    activation_absmax: Tensor,
-    weight_absmax: Tensor,
-    complete: Callable[[Tensor | None], InputTransform],
-    output_error: Callable[[InputTransform], float],
-) -> Tensor | None:
-    """The candidate scale d (channels,) whose transform has the least `output_error`; None where no scale is best.
+# No scale, then both forms at every alpha: the 39 candidates of SVDQuant.
+CANDIDATES = (
+    Smoothing(None),
+    *(Smoothing(alpha, with_weights) for alpha in ALPHAS for with_weights in (True, False)),
+)
 
-    `complete` makes the transform that a candidate is judged in: its best scale depends on the rotation behind it, because a
-    rotation spreads outliers as well and leaves smoothing less to do.
+
+def search_smoothing(error: Callable[[Smoothing], float]) -> Smoothing:
+    """The candidate with the least `error`; what is not a number never wins.
+
+    The error should be that of the complete transform: the best scale depends on the rotation behind it, because a rotation
+    spreads outliers as well and leaves smoothing less to do.
     """
-    best, least = None, float("inf")
-    for scale in candidate_scales(activation_absmax, weight_absmax):
-        error = output_error(complete(scale))
-        if error < least:  # not a number never wins
-            best, least = scale, error
+    best, least = CANDIDATES[0], float("inf")
+    for candidate in CANDIDATES:
+        found = error(candidate)
+        if found < least:
+            best, least = candidate, found
     return best

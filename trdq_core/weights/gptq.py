@@ -53,6 +53,12 @@ def gptq(
     return values
 
 
+def triangular(rows: Tensor) -> Tensor:
+    """float64 rows (at most in, in) with the second moments of `rows` (n, in): all that GPTQ and output errors look at."""
+    rows = rows.detach().double()
+    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+
+
 def _prepare(weight: Tensor, inputs: Tensor | None, order: Order, damping: float, layer: str) -> tuple[Tensor, Tensor]:
     """The upper Cholesky factor of the inverse Hessian in the order of the columns, and that order."""
     if inputs is None or not len(inputs):

@@ -15,11 +15,14 @@ from torch import Tensor
 
 from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.specs import LowRankSpec, QuantSpec, Rounding
-from trdq_core.weights.rounding import quantize_weight
-from trdq_core.weights.stored import Weight, dequantize_weight
+from trdq_core.weights.gptq import DAMPING, triangular
+from trdq_core.weights.stacked import StackedWeights
+from trdq_core.weights.stored import Weight
 
 OVERSAMPLING = 16  # columns of the random sketch beyond the rank
 POWER_ITERATIONS = 4  # enough for 1 % of the exact residual even where singular values fall slowly
+HOPELESS = 2.0  # a candidate with so many times the best error of rounding to nearest is not rounded by GPTQ
+DAMPINGS = (DAMPING, 0.1, 1.0)  # of GPTQ and of the metric of a refit, in shares of the mean squared input
 
 
 class LowRankFit(NamedTuple):
@@ -63,6 +66,7 @@ def fit_low_rank(
     low_rank: LowRankSpec,
     *,
     inputs: Tensor | None,
+    held_out: Tensor | None = None,
     rounding: Rounding = "nearest",
     layer: str = "weight",
     layers: Sequence[str] | None = None,
@@ -72,44 +76,105 @@ def fit_low_rank(
 
     L <- SVD_r(W - Q(W - L)), beginning at L = SVD_r(W), until the output error grows or `low_rank.iterations` are done; the
     best is kept, and no branch at all if that is better. Q rounds to nearest meanwhile; "gptq" then rounds what was kept.
+    With `held_out` rows (rows, in), which should come from other prompts, the error on them decides: GPTQ may be damped more
+    or give way to rounding to nearest, and `low_rank.refit` may fit the branch once more to what the rounding left over.
     `layers` names the weights in messages, `layer` all of them.
     """
-    names = list(layers) if layers is not None else [layer] * len(weights)
+    names = list(layers) if layers is not None else [layer, *(f"{layer} {n}" for n in range(2, len(weights) + 1))]
     weights = [weight.detach().double() for weight in weights]
     rows = _checked(weights, inputs, names)
-    outs, stacked = [len(weight) for weight in weights], torch.cat(weights)
-
-    def fitted(down: Tensor, ups: Sequence[Tensor], iteration: int, how: Rounding) -> LowRankFit:
-        residuals = tuple(
-            quantize_weight(weight - up.double() @ down.double(), spec, layer=name, rounding=how, inputs=inputs)
-            for weight, up, name in zip(weights, ups, names, strict=True)
-        )
-        error = _output_error(rows, stacked, down, ups, residuals)
-        return LowRankFit(down, tuple(ups), residuals, error, error, iteration)
-
-    down = torch.zeros(low_rank.rank, stacked.shape[1], device=stacked.device)
-    without = fitted(down, [torch.zeros(n, low_rank.rank, device=stacked.device) for n in outs], 0, "nearest")
-    kept, target = None, stacked
+    judge = rows if held_out is None else _checked(weights, held_out, names)
+    problem = _Problem(weights, names, spec, rows, judge)
+    without = problem.nearest(*problem.no_branch(low_rank.rank), 0)
+    kept, target = None, problem.stacked
     for iteration in range(1, low_rank.iterations + 1):
-        exact_down, exact_up = low_rank_factors(target, low_rank.rank, seed=seed)
         # The residual is taken from the factors as they are stored, so their rounding is made up for as well.
-        found = fitted(exact_down.float(), exact_up.float().split(outs), iteration, "nearest")
+        found = problem.nearest(*low_rank_factors(target, low_rank.rank, seed=seed), iteration)
         if kept is not None and found.error > kept.error:
             break
-        kept, target = found, stacked - torch.cat([dequantize_weight(residual) for residual in found.weights])
+        kept, target = found, problem.stacked - found.rounded
     candidates = [without] if kept is None else [without, kept]
     if rounding == "gptq":
-        candidates = [fitted(fit.down, fit.ups, fit.iteration, rounding) for fit in candidates]
-    return min(candidates, key=lambda fit: fit.error)._replace(error_without=candidates[0].error)
+        dampings = DAMPINGS[:1] if held_out is None else DAMPINGS
+        least = min(fit.judged for fit in candidates)
+        hopeful = [fit for fit in candidates if fit.judged <= HOPELESS * least or held_out is None]
+        rounded = [problem.gptq(fit, damping) for fit in hopeful for damping in dampings]
+        candidates = rounded if held_out is None else [*candidates, *rounded]
+    without = min((fit for fit in candidates if not fit.iteration), key=lambda fit: fit.judged)
+    best = min(candidates, key=lambda fit: fit.judged)
+    if low_rank.refit:
+        refits = [problem.refit(best, low_rank.rank, damping, seed) for damping in DAMPINGS]
+        best = min([best, *refits], key=lambda fit: fit.judged)
+    return problem.result(best, without)
 
 
-def _output_error(
-    rows: Tensor, stacked: Tensor, down: Tensor, ups: Sequence[Tensor], residuals: Sequence[Weight]
-) -> float:
-    """Squared error of all outputs on the inputs whose triangular factor is `rows` (at most in, in)."""
-    rounded = torch.cat([dequantize_weight(residual) for residual in residuals])
-    change = torch.cat(list(ups)).double() @ down.double() + rounded - stacked
-    return float((rows @ change.T).square().sum())
+class _Candidate(NamedTuple):
+    """Stored factors of a branch, the residual on its grid, and the errors on both kinds of rows."""
+
+    down: Tensor  # (rank, in) fp32
+    up: Tensor  # (all outs, rank) fp32
+    rounded: Tensor  # (all outs, in) float64, values on the grids of `residual`
+    residual: StackedWeights  # what was rounded
+    error: float
+    judged: float
+    iteration: int
+
+
+class _Problem(NamedTuple):
+    """Linears that read one tensor, and triangular factors (at most in, in) of the rows to fit on and to judge on."""
+
+    weights: list[Tensor]
+    names: list[str]
+    spec: QuantSpec
+    rows: Tensor
+    judge: Tensor
+
+    @property
+    def stacked(self) -> Tensor:
+        return torch.cat(self.weights)
+
+    def no_branch(self, rank: int) -> tuple[Tensor, Tensor]:
+        """Factors of zeros."""
+        out, width = self.stacked.shape
+        return self.stacked.new_zeros(rank, width), self.stacked.new_zeros(out, rank)
+
+    def nearest(self, down: Tensor, up: Tensor, iteration: int) -> _Candidate:
+        """A branch, and the rest rounded to nearest."""
+        down, up = down.float(), up.float()
+        residual = self.stacked - up.double() @ down.double()
+        parts = residual.split([len(weight) for weight in self.weights])
+        stacked = StackedWeights(dict(zip(self.names, parts, strict=True)), self.spec)
+        return self._candidate(down, up, torch.cat(list(stacked.nearest().values())), stacked, iteration)
+
+    def gptq(self, fit: _Candidate, damping: float) -> _Candidate:
+        """The same branch, the rest rounded by GPTQ."""
+        rounded = torch.cat(list(fit.residual.gptq(self.rows, damping).values()))
+        return self._candidate(fit.down, fit.up, rounded, fit.residual, fit.iteration)
+
+    def refit(self, fit: _Candidate, rank: int, damping: float, seed: int) -> _Candidate:
+        """The same rounded rest, the branch that is best for it in the metric of the inputs: SVD_r((W - Q) C) C^-1 with
+        C C^T their damped second moments (QERA, arXiv 2410.06040; EoRA, arXiv 2410.21271)."""
+        moments = self.rows.T @ self.rows
+        mean = moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+        moments.diagonal().add_(damping * mean)
+        root = torch.linalg.cholesky(moments)
+        down, up = low_rank_factors((self.stacked - fit.rounded) @ root, rank, seed=seed)
+        down = torch.linalg.solve_triangular(root, down, upper=False, left=False)
+        return self._candidate(down.float(), up.float(), fit.rounded, fit.residual, max(fit.iteration, 1))
+
+    def result(self, best: _Candidate, without: _Candidate) -> LowRankFit:
+        """What is stored of the best candidate."""
+        sizes = [len(weight) for weight in self.weights]
+        grids = best.residual.grids.values()
+        encoded = tuple(grid.encode(part) for grid, part in zip(grids, best.rounded.split(sizes), strict=True))
+        return LowRankFit(best.down, tuple(best.up.split(sizes)), encoded, best.error, without.error, best.iteration)
+
+    def _candidate(
+        self, down: Tensor, up: Tensor, rounded: Tensor, residual: StackedWeights, iteration: int
+    ) -> _Candidate:
+        change = up.double() @ down.double() + rounded - self.stacked
+        errors = [float((rows @ change.T).square().sum()) for rows in (self.rows, self.judge)]
+        return _Candidate(down, up, rounded, residual, *errors, iteration)
 
 
 def _checked(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[str]) -> Tensor:
@@ -127,5 +192,4 @@ def _checked(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[s
         )
     if not torch.isfinite(inputs).all():
         raise CalibrationError(f"{names[0]}: its sampled inputs hold NaN or infinity; calibrate the model again.")
-    rows = inputs.detach().double()
-    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+    return triangular(inputs)

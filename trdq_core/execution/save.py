@@ -1,0 +1,35 @@
+"""The save command: convert, sample with and without it where there are prompts, save, load again and compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from trdq_core import saving
+from trdq_core.execution.rows import REFERENCE, changed_row, facts_of, fp_bytes, quality
+from trdq_core.execution.samples import Samples, sample_all
+from trdq_core.session import Session, convert_for, statistics_for
+
+
+def save(session: Session, report: dict[str, Any]) -> None:
+    """One recipe as a folder that diffusers loads; rows of the reference and of the recipe where prompts are given."""
+    spec, rows = session.spec, report["recipes"]
+    recipe = saving.check(session)
+    conversion = convert_for(session, recipe, statistics_for(session, report) if recipe.quantized else None)
+    samples, picture = Samples(), None
+    if spec.prompts:
+        session.conditionings = session.model.encode(spec.prompts)
+        reference = sample_all(session, REFERENCE, session.model.denoiser, keep=True)
+        session.references, session.pictures = reference.runs, reference.pictures
+        label, weights = report["reference"]["label"], fp_bytes(session, [recipe])
+        rows[REFERENCE] = {"kind": "reference", "label": label, **weights, **reference.row()}
+        samples = sample_all(session, recipe.name, conversion.denoiser)
+        with Image.open(session.folder.path / samples.outputs[0].image) as image:  # of a clip its filmstrip
+            picture = np.asarray(image)
+        rows[recipe.name] = {**changed_row(session, conversion, samples), **quality(session, samples)}
+    else:
+        rows[recipe.name] = facts_of(session, conversion)
+    session.folder.write_report(report)
+    report["saved"] = saving.save(session, conversion, report, samples.runs, picture)

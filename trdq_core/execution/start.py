@@ -1,0 +1,70 @@
+"""What all commands begin and end with: the loaded model, the header of the report, the report on disk."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Any
+
+from trdq_core import profiling
+from trdq_core.evaluation.command import evaluate
+from trdq_core.execution.commands import attention, calibrate, sample_prompts
+from trdq_core.execution.compare import compare
+from trdq_core.execution.save import save
+from trdq_core.execution.timing import profile
+from trdq_core.folders import RunFolder
+from trdq_core.kernels import dispatch
+from trdq_core.models import load_model
+from trdq_core.outputs import clip_facts
+from trdq_core.sensitivity.command import sensitivity
+from trdq_core.session import Session
+from trdq_core.specs import RunSpec
+
+REPORT_VERSION = 1
+COMMANDS = {
+    "calibrate": calibrate, "sample": sample_prompts, "compare": compare, "profile": profile, "attention": attention,
+    "evaluate": evaluate, "sensitivity": sensitivity, "save": save,
+}  # fmt: skip
+
+
+def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> dict[str, Any]:
+    """Do what `spec` says; the report is written as soon as there is something to report, and after each recipe."""
+    folder.emit({"kind": "stage", "stage": "load", "label": f"Loading {spec.model}", "recipe": None})
+    model = load_model(spec.model)
+    session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
+    report = _header(session)
+    try:
+        COMMANDS[spec.command](session, report)
+    finally:
+        report["clip"] = clip_facts(session.outputs.clip)  # some models' size shows only in what was decoded
+        folder.write_report(report)
+    return report
+
+
+def _header(session: Session) -> dict[str, Any]:
+    model, spec = session.model, session.spec
+    gpu = model.device.type == "cuda"
+    return {
+        "format_version": REPORT_VERSION,
+        "command": spec.command,
+        "model": spec.model,
+        "created": datetime.datetime.now().isoformat(timespec="seconds"),
+        "reference": {
+            "label": "FP16" if gpu else "FP32",
+            "dtype": str(model.dtype).removeprefix("torch."),
+            "device": model.device.type,
+        },
+        "machine": profiling.machine(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "diffusers", "transformers", "safetensors")},
+        },
+        "spec": spec.to_dict(),
+        "kernel_backend": dispatch.describe(model.device),
+        "clip": clip_facts(model.clip),
+        "calibration": None,
+        "prompts": list(spec.prompts),
+        "recipes": {},
+    }
