@@ -10,7 +10,7 @@ OUT := runs/bench-$(shell date +%Y%m%d-%H%M%S)
 RECIPES ?= fp,rtn-w8a8,tr-dq-w8a8,rtn-w4a8,smoothquant-w4a8,vidit-q-w4a8,tr-dq-w4a8
 
 .DEFAULT_GOAL := help
-.PHONY: help studio test check style bench tables clean
+.PHONY: help studio test sanitize check style bench tables clean
 
 help: ## Show this list
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 16
@@ -20,6 +20,9 @@ studio: $(VENV)/.runtime ## Install what is missing and serve the studio on 127.
 
 test: $(VENV)/.test ## Run every test; the browser ones too where Chromium is present
 	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+
+sanitize: $(VENV)/.test ## The kernel tests again, in a library built with address and undefined-behaviour sanitizers
+	TRDQ_SANITIZE=1 $(BIN)/python -m pytest tests/kernels/test_process.py $(ARGS)
 
 check: $(VENV)/.test ## Lint, and tell what the formatter would change
 	$(BIN)/ruff check .

@@ -11,7 +11,7 @@ from studio import endpoints, theme
 from studio.components import controls as sidebar
 from studio.components import html, result, trial
 from studio.context import Studio
-from studio.pages import activations, compare, getting, guidance, layers, runs
+from studio.pages import activations, compare, getting, guidance, layers, profile, runs
 from studio.services import getting as fetching
 from studio.services import machine, models, sharing
 from studio.services.core import Core, InstalledCore
@@ -47,12 +47,15 @@ def build(core: Core | Studio | None = None) -> gr.Blocks:
                 guidance_page = guidance.build(strip, problem, saved_trial)
             with gr.Tab("Layers", id="layers") as layers_tab:
                 layers_page = layers.build(strip, problem)
+            with gr.Tab("Profile", id="profile") as profile_tab:
+                profile_page = profile.build()
             with gr.Tab("Runs", id="runs") as runs_tab:
                 runs_page = runs.build()
         compare.wire(studio, controls, compare_page, header, lambda: header_now(studio))
         activations.wire(studio, controls, activations_page, activations_tab)
         guidance.wire(studio, controls, guidance_page, guidance_tab, header, lambda: header_now(studio))
         layers.wire(studio, controls, layers_page, tabs, layers_tab, header, lambda: header_now(studio))
+        profile.wire(studio, profile_page, profile_tab)
         runs.wire(studio, controls, runs_page, compare_page.result, tabs, runs_tab)
         getting.wire(studio, controls, strip, problem)
         _wire_page(studio, demo, header, controls, compare_page)

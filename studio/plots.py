@@ -30,7 +30,8 @@ FONT = "IBM Plex Sans, ui-sans-serif, system-ui, sans-serif"
 MOST_CHANNELS = 768  # rows of a heatmap; more are merged by their largest value
 
 
-def _layout(title: str, x: str, y: str, height: int) -> dict[str, Any]:
+def layout(title: str, x: str, y: str, height: int) -> dict[str, Any]:
+    """What all figures look like: transparent, the title at the left, the legend above."""
     axis = {"gridcolor": GRID, "zerolinecolor": GRID, "linecolor": GRID, "automargin": True}
     return {
         "title": {"text": title, "font": {"size": 14}, "x": 0.01, "xanchor": "left", "y": 0.97, "yanchor": "top"},
@@ -50,7 +51,7 @@ def _layout(title: str, x: str, y: str, height: int) -> dict[str, Any]:
 def empty(text: str, height: int = 320) -> go.Figure:
     """A figure with one sentence: shown at load, so that the page has plotly ready before the first result."""
     figure = go.Figure()
-    figure.update_layout(**_layout("", "", "", height))
+    figure.update_layout(**layout("", "", "", height))
     figure.update_xaxes(visible=False)
     figure.update_yaxes(visible=False)
     wrapped = "<br>".join(_wrap(text, 44))
@@ -75,7 +76,7 @@ def latent_sqnr(
                 hovertemplate="%{y:.1f} dB",
             )
         )
-    figure.update_layout(**_layout("Latent SQNR against FP (higher is closer)", "sampler step", "dB", 340))
+    figure.update_layout(**layout("Latent SQNR against FP (higher is closer)", "sampler step", "dB", 340))
     figure.update_layout(showlegend=True)
     steps = max((len(values) for values in series.values()), default=1)
     few = steps <= 12
@@ -101,7 +102,7 @@ def histograms(edges: Any, before: Any, after: Any, *, log_y: bool, title: str) 
                 hovertemplate="%{y:,.0f}",
             )
         )
-    figure.update_layout(**_layout(title, "value, in units of its RMS", "count", 380))
+    figure.update_layout(**layout(title, "value, in units of its RMS", "count", 380))
     figure.update_layout(barmode="overlay", bargap=0)
     figure.update_yaxes(type="log" if log_y else "linear", exponentformat="power" if log_y else "SI")
     return figure
@@ -130,7 +131,7 @@ def channel_timeline(timesteps: Any, absmax: Any, edges: Sequence[float], *, tit
             hovertemplate="timestep %{x:.0f}, channel %{y:.0f}: %{customdata:.3g}<extra></extra>",
         )
     )
-    figure.update_layout(**_layout(title, "timestep (sampling runs from right to left)", "channel", 420))
+    figure.update_layout(**layout(title, "timestep (sampling runs from right to left)", "channel", 420))
     figure.update_layout(hovermode="closest")
     for edge in edges:
         figure.add_vline(x=float(edge), line={"color": "#ffffff", "width": 3})
@@ -160,7 +161,7 @@ def block_lines(
                 hovertemplate=f"block {block}, timestep %{{x:.0f}}: %{{y:.3f}}<extra></extra>",
             )
         )
-    figure.update_layout(**_layout(title, "timestep (sampling runs from right to left)", measure, 430))
+    figure.update_layout(**layout(title, "timestep (sampling runs from right to left)", measure, 430))
     figure.update_layout(
         showlegend=True, hovermode="closest", legend={"y": -0.2, "yanchor": "top"}, margin={"t": 44, "b": 20}
     )
@@ -189,7 +190,7 @@ def layer_bars(bars: Sequence[tuple[str, str, float]], *, title: str, log_y: boo
                 hovertemplate=f"%{{x}} ({role}): %{{y:.3g}}<extra></extra>",
             )
         )
-    figure.update_layout(**_layout(title, "", "squared error / squared output", 460))
+    figure.update_layout(**layout(title, "", "squared error / squared output", 460))
     figure.update_layout(
         barmode="stack", bargap=0.2, hovermode="closest", showlegend=True, margin={"t": 96, "b": 20, "r": 8},
         legend={"traceorder": "normal"},

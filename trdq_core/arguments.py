@@ -47,7 +47,9 @@ DEFAULT_RECIPES = {
 WITHOUT_A_RUN = ("plan", "activations")  # commands that only look, so their RunSpec names no prompts
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub")
+RUN_FIELDS = (
+    "model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub", "trace",
+)  # fmt: skip
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -211,6 +213,8 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="N",
             help=f"timed forward passes (default {RunSpec.timing_rounds})",
         )
+    if command == "profile":
+        add("--trace", metavar="FILE", help="write one step of each recipe as a Chrome trace, its name in the file's")
     if command == "evaluate":
         add("--seeds", type=int, metavar="N", help=f"pictures of each prompt (default {RunSpec.seeds})")
         add("--bits", metavar="A,B", help=f"for recipes named without bits (default {','.join(DEFAULT_BITS)})")

@@ -15,6 +15,7 @@ from trdq_core.errors import CalibrationError, ModelError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.fitting import FittedInput, fit_input
 from trdq_core.kernels import dispatch
+from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.input_grid import Range
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -42,6 +43,7 @@ class Conversion:
     packed_bytes: int = 0  # of a file with tightly packed codes; all sets
     attention: QuantizedProducts | None = None
     reconstruction: dict[str, Any] | None = None
+    fused: dict[str, int] = field(default_factory=dict)  # how many attentions, feed-forwards and blocks run fused
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
     argument: TimeArgument | str = "timestep"  # of the denoiser's forward, that time groups follow
     calibration: str | None = None  # fingerprint of the statistics it was fitted to
@@ -81,6 +83,7 @@ class Conversion:
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,
+            "fused": self.fused,
             "simulated": simulated,
             "sets": max((len(f.distinct) for f in self.fitted), default=1),
             "rejected": [
@@ -156,6 +159,7 @@ def convert(
         conversion.fitted.append(without_weights(fitted))
     if recipe.storage == "switched" and len(set_steps(recipe, statistics)) > 1:
         _switch(conversion, storage_folder, statistics)
+    conversion.fused = fuse(copy)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
     if recipe.attention is not None:

@@ -10,6 +10,7 @@ from trdq_core.convert import Conversion, check_unquantized, install_input, line
 from trdq_core.errors import RecipeError
 from trdq_core.fitting import FittedInput, FittedSet
 from trdq_core.kernels import dispatch
+from trdq_core.nn.fused_block import fuse
 from trdq_core.plan import LayerInfo, group_inputs
 from trdq_core.sharing import apply_sharing
 from trdq_core.specs import Recipe
@@ -51,6 +52,7 @@ def convert_without_data(
         fitted = FittedInput(group, (one,), (), 0.0, 0.0, True)
         install_input(conversion, fitted, denoiser, backend, ())
         conversion.fitted.append(without_weights(fitted))
+    conversion.fused = fuse(denoiser)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)
     conversion.time.attach(denoiser, argument)

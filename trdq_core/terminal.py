@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, TextIO
 
+from trdq_core import profile_text
 from trdq_core.evaluation import tables
 from trdq_core.events import Event
 
@@ -114,9 +115,26 @@ def report_text(report: Mapping[str, Any]) -> str:
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
         lines += [f"left out: {facts['error']}" for facts in recipes.values() if facts.get("kind") == "failed"]
+    if any(facts.get("split") for facts in recipes.values()):
+        lines += ["", *profile_lines(report)]
     lines += _sharing_lines(report)
     lines += _saved_lines(report.get("saved"))
     return "\n".join(line for line in lines if line is not None)
+
+
+def profile_lines(report: Mapping[str, Any]) -> list[str]:
+    """Where the time of a step goes, in tables, and what it cost beside the steps."""
+    recipes = report["recipes"]
+    lines = [table(*_head(profile_text.split_rows(recipes)))]
+    for name, facts in recipes.items():
+        if facts.get("roofline"):
+            lines += ["", name, _left(*_head(profile_text.call_rows(facts)), columns=(0, 4))]
+    swaps = profile_text.swap_line(report)
+    return [*lines, "", profile_text.run_line(report), *([] if swaps is None else [swaps])]
+
+
+def _head(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
+    return rows[0], rows[1:]
 
 
 def _saved_lines(saved: Mapping[str, Any] | None) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from types import ModuleType
 
 import pytest
@@ -18,13 +19,24 @@ def backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
     if request.param == "torch":
         yield torch_eager
         return
+    with _limited(request.param):
+        yield cpu
+
+
+@pytest.fixture(params=["avx512-vnni", "avx2", "portable"])
+def native_backend(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """The C++ module with each path that this CPU has."""
+    with _limited(request.param):
+        yield cpu
+
+
+def _limited(path: native.Path) -> AbstractContextManager[None]:
     best = native.path()
     if best is None:
         pytest.skip(str(native.unavailable_reason()))
-    if native.PATHS.index(request.param) > native.PATHS.index(best):
-        pytest.skip(f"this CPU has no {request.param}")
-    with native.limited_to(request.param):
-        yield cpu
+    if native.PATHS.index(path) > native.PATHS.index(best):
+        pytest.skip(f"this CPU has no {path}")
+    return native.limited_to(path)
 
 
 @pytest.fixture(autouse=True)

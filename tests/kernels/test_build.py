@@ -102,6 +102,33 @@ def test_file_that_is_no_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -
     assert_falls_back("do not load", "remove the file")
 
 
+def test_library_of_another_version(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale file under the right name, as a cache copied from elsewhere may hold: reported, not called."""
+    needs_compiler()
+    monkeypatch.setattr(native, "ABI_VERSION", native.ABI_VERSION + 1)
+    assert_falls_back("another version", "remove the file")
+
+
+def test_a_lock_nobody_holds_and_half_a_build_do_not_matter(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a killed build leaves behind: its lock file and its temporary file."""
+    needs_compiler()
+    monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))
+    folder = fresh / "kernels"
+    folder.mkdir(parents=True)
+    name = f"trdq-kernels-{build._fingerprint(build._compiler_version(build.find_compiler()))}"
+    (folder / f"{name}.lock").touch()
+    (folder / f"{name}abc.tmp").write_bytes(b"half a library")
+    assert build.find_or_build().path == folder / f"{name}.so"
+
+
+def test_flags_from_the_environment_build_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with sanitizers never stands in for the plain one."""
+    before = build._fingerprint("compiler 1")
+    monkeypatch.setenv(build.EXTRA_FLAGS, "-fsanitize=address")
+    assert build._fingerprint("compiler 1") != before
+    assert build._flags()[-1] == "-fsanitize=address"
+
+
 def test_failed_self_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """A library that computes something else is not used."""
     needs_compiler()

@@ -18,6 +18,7 @@ from trdq_core.checkpoints.manifest import InputEntry, Manifest
 from trdq_core.convert import Conversion
 from trdq_core.errors import CheckpointError, TRDQError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -76,6 +77,7 @@ def activate(denoiser: nn.Module, manifest: Manifest) -> None:
                 module.refresh()
             if isinstance(module, QuantizedLinear):
                 module.fit_backend()
+        conversion.fused = fuse(denoiser)
         if manifest.attention:
             conversion.attention = apply_attention(denoiser, _attention_grids(manifest), conversion.time)
         if manifest.recipe.sharing is not None:

@@ -13,12 +13,13 @@ from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, facts_of, fp_bytes
 from trdq_core.peers.convert import PeerConversion
 from trdq_core.sampling import sample
 from trdq_core.session import Session, changes, convert_for, failed_row, statistics_for
+from trdq_core.step_profile.command import decode_ms, memory_of, profile_steps
 
 
 def time_steps(
     session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion | PeerConversion]
-) -> None:
-    """Latency of one denoiser call, all variants interleaved on the same recorded inputs."""
+) -> dict[str, Any]:
+    """Latency of one denoiser call, all variants interleaved on the same recorded inputs, which are given back."""
     spec, model = session.spec, session.model
     session.stage("measure", "Timing one denoiser step, all columns in turn")
     calls = profiling.record_inputs(
@@ -41,6 +42,7 @@ def time_steps(
     for row in report["recipes"].values():
         if row["simulated"]:
             row["step_ms"] = None
+    return middle
 
 
 def profile(session: Session, report: dict[str, Any]) -> None:
@@ -67,7 +69,18 @@ def profile(session: Session, report: dict[str, Any]) -> None:
             report["recipes"][recipe.name] = {**seconds, **facts_of(session, conversions[recipe.name])}
         except PeerError as error:
             report["recipes"][recipe.name] = failed_row(session, error)
-    time_steps(session, report, conversions)
+    call = time_steps(session, report, conversions)
+    denoisers = {REFERENCE: model.denoiser, **{name: c.denoiser for name, c in conversions.items()}}
+    session.folder.write_report(report)
+    profile_steps(session, report, denoisers, call)
+    _whole_runs(session, report, conversions)
+
+
+def _whole_runs(
+    session: Session, report: dict[str, Any], conversions: Mapping[str, Conversion | PeerConversion]
+) -> None:
+    """One run of each row: its time, peak memory and swaps; and the decoder on what the reference made."""
+    spec, model = session.spec, session.model
     for name, row in report["recipes"].items():
         if row["kind"] == "failed":
             continue
@@ -77,6 +90,9 @@ def profile(session: Session, report: dict[str, Any]) -> None:
             run = sample(model, session.conditionings[0], spec.seed, steps=spec.steps, guidance=spec.guidance)
         row["peak_rss_bytes"] = profiling.peak_rss_bytes()
         row["denoise_ms"] = None if row["simulated"] else round(1000 * run.seconds, 3)
+        row["memory"] = memory_of(row, report["recipes"][REFERENCE])
+        if name == REFERENCE:
+            report["decode_ms"] = decode_ms(session, run)
         conversion = conversions.get(name)
         if conversion is not None and conversion.switched is not None:
             row["swap_ms"] = profiling.summary([1000 * s for s in conversion.switched.swap_seconds] or [0.0])

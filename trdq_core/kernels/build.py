@@ -27,6 +27,7 @@ SOURCES = Path(__file__).parent / "csrc"
 MAIN_SOURCE = "api.cpp"
 # No -march: the library chooses its path by the CPU it finds itself on. -w: gcc 12 warns of its own AVX512 headers.
 FLAGS = ("-O3", "-std=c++17", "-fopenmp", "-shared", "-fPIC", "-fvisibility=hidden", "-w")
+EXTRA_FLAGS = "TRDQ_KERNEL_FLAGS"  # an environment variable; a build with sanitizers is made by it
 TIMEOUT_SECONDS = 180.0
 CPU_FEATURES = ("avx2", "fma", "avx512f", "avx512bw", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_int8")
 
@@ -94,9 +95,13 @@ def _fingerprint(compiler_version: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".cpp", ".h"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for part in (compiler_version, " ".join(FLAGS), platform.machine(), " ".join(cpu_flags())):
+    for part in (compiler_version, " ".join(_flags()), platform.machine(), " ".join(cpu_flags())):
         digest.update(part.encode() + b"\0")
     return digest.hexdigest()[:20]
+
+
+def _flags() -> tuple[str, ...]:
+    return (*FLAGS, *os.environ.get(EXTRA_FLAGS, "").split())
 
 
 def _compiler_version(compiler: str) -> str:
@@ -145,7 +150,7 @@ def _compile(compiler: str, version: str, path: Path) -> None:
     os.close(handle)
     started = time.monotonic()
     try:
-        _run_compiler([compiler, *FLAGS, str(SOURCES / MAIN_SOURCE), "-o", temporary])
+        _run_compiler([compiler, *_flags(), str(SOURCES / MAIN_SOURCE), "-o", temporary])
         seconds = time.monotonic() - started
         path.with_suffix(".json").write_text(json.dumps({"compiler": version, "build_seconds": round(seconds, 2)}))
         os.replace(temporary, path)

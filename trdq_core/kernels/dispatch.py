@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any, Literal, get_args
 
@@ -22,10 +23,13 @@ from trdq_core.kernels import (
     triton_selftest,
 )
 from trdq_core.kernels.packing import unpack_weight
+from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
 from trdq_core.kernels.types import (
     NO_STAGES,
+    Epilogue,
     InputStages,
     PackedWeight,
+    Prologue,
     QuantizedActivation,
     StaticGrid,
 )
@@ -41,6 +45,7 @@ __all__ = [
     "kernel_name",
     "linear",
     "linear_from_float",
+    "linears_from_float",
     "pack_weight",
     "quantize_activation",
     "select_backend",
@@ -137,12 +142,40 @@ def linear_from_float(
     backend: Backend | None = None,
 ) -> Tensor:
     """(..., out_features) in the dtype of x, (..., in_features): quantization of T(x), then the product."""
+    return linears_from_float(x, stages, [(weight, bias)], bits, symmetric, static, clip, backend=backend)
+
+
+def linears_from_float(
+    x: Tensor,
+    stages: InputStages,
+    weights: Sequence[tuple[PackedWeight, Tensor | None]],
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    clip: float = 1.0,
+    *,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue | None = None,
+    backend: Backend | None = None,
+) -> Tensor:
+    """(..., sum of out_features): the products of one input, quantized once, with weights and their biases, side by side.
+
+    A prologue comes before T, an epilogue after the products; the C++ kernels do all of it in the same passes.
+    """
     module = _module(x, backend)
-    if module in (cpu, triton_gpu):
-        y = module.linear_from_float(x, stages, weight, bias, bits, symmetric, static, clip)
+    if module is cpu:
+        y = cpu.linears_from_float(x, stages, weights, bits, symmetric, static, clip, prologue, epilogue)
     else:
-        y = module.linear(module.quantize_activation(x, stages, bits, symmetric, static, clip), weight, bias)
-    return y.view(*x.shape[:-1], weight.out_features).to(x.dtype)
+        if prologue is not None:
+            x = apply_prologue(x.flatten(0, -2), prologue).view_as(x)
+        if module is triton_gpu and len(weights) == 1 and epilogue is None:
+            y = triton_gpu.linear_from_float(x, stages, *weights[0], bits, symmetric, static, clip)
+            return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
+        levels = module.quantize_activation(x, stages, bits, symmetric, static, clip)
+        parts = [module.linear(levels, weight, bias) for weight, bias in weights]
+        y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+        y = y if epilogue is None else apply_epilogue(y, epilogue)
+    return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
 
 
 def kernel_name(

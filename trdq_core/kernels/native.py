@@ -6,40 +6,25 @@ import ctypes
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from ctypes import c_float, c_int, c_int64, c_void_p
+from ctypes import c_int, c_int64, c_void_p
 from typing import Literal, NamedTuple, get_args
 
 from trdq_core.errors import BackendUnavailable
 from trdq_core.kernels import build, selftest
 
-ABI_VERSION = 2  # 2: a clip factor on live ranges
+ABI_VERSION = 4  # 4: times of the phases
 Path = Literal["portable", "avx2", "avx512-vnni"]
 PATHS: tuple[Path, ...] = get_args(Path)  # in the order of the library's own numbers
 
-_STAGES = [c_void_p, c_void_p, c_int64, c_void_p, c_int64, c_void_p, c_int64]
-_WEIGHT = [c_void_p, c_int, c_void_p, c_int64, c_void_p, c_void_p, c_void_p]
 _SIGNATURES = {
-    "trdq_transform": [c_void_p, c_int64, c_int64, *_STAGES, c_void_p, c_int],
-    "trdq_quantize": [
-        c_void_p,
-        c_int64,
-        c_int64,
-        *_STAGES,
-        c_int,
-        c_int,
-        *[c_void_p] * 2,
-        c_float,
-        *[c_void_p] * 4,
-        c_int,
-    ],
-    "trdq_linear": [
-        *[c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64],
-        *[*_WEIGHT, c_void_p, c_void_p, c_int],
-    ],
-    "trdq_linear_from_float": [
-        *[c_void_p, c_int64, c_int64, *_STAGES, c_int, c_int, c_void_p, c_void_p, c_float],
-        *[c_int64, *_WEIGHT, c_void_p, c_void_p, c_int],
-    ],
+    "trdq_transform": [c_void_p, c_void_p, c_int],
+    "trdq_quantize": [c_void_p, *[c_void_p] * 4, c_int],
+    "trdq_linear": [*[c_void_p] * 4, c_int64, c_void_p, c_int],
+    "trdq_linears_from_float": [c_void_p, c_void_p, c_int64, c_void_p, c_int],
+    "trdq_attend": [c_void_p, c_int],
+    "trdq_measure": [c_int],
+    "trdq_phases": [c_void_p],
+    "trdq_peak": [c_int, c_int64, c_int, c_void_p],
     "trdq_abi_version": [],
     "trdq_path": [],
     "trdq_limit_path": [c_int],

@@ -160,7 +160,8 @@ def linear_from_float(
     sizes = (weight_bits, group_size, in_features, out_features)
     weight = PackedWeight(data, weight_scale, weight_zero_point, column_sum, group_scale, *sizes)
     static = _grid(static_scale, static_zero_point)
-    return calls.linear_from_float(native.load().functions, x, stages, weight, bias, bits, symmetric, static, clip)
+    functions = native.load().functions
+    return calls.linears_from_float(functions, x, stages, [(weight, bias)], bits, symmetric, static, clip)
 
 
 @linear_from_float.register_fake

@@ -7,7 +7,8 @@ import ctypes
 import torch
 
 from trdq_core.kernels import calls, reference
-from trdq_core.kernels.types import NO_STAGES, InputStages, StaticGrid
+from trdq_core.kernels.surroundings import apply_prologue, attend
+from trdq_core.kernels.types import NO_STAGES, InputStages, Prologue, StaticGrid
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 7, 128, 70
 TOLERANCE = 1e-4
@@ -29,7 +30,19 @@ def failure(library: ctypes.CDLL) -> str | None:
             theirs = reference.quantize_activation(x, stages, 8, symmetric, static, clip)
             if int((ours.values.int() - theirs.values.int()).abs().max()) > 1:
                 return _sentence("quantization")
-    return _product_failure(library, x, generator)
+    return _fused_failure(library, x, generator) or _product_failure(library, x, generator)
+
+
+def _fused_failure(library: ctypes.CDLL, x: torch.Tensor, generator: torch.Generator) -> str | None:
+    shift, scale = torch.randn(2, 1, IN_FEATURES, generator=generator).unbind()
+    for prologue in (Prologue("gelu"), Prologue("norm", shift, scale, 1e-6)):
+        ours, theirs = calls.transform_rows(library, x, NO_STAGES, prologue), apply_prologue(x, prologue)
+        if not torch.allclose(ours, theirs, atol=TOLERANCE):
+            return _sentence(prologue.kind)
+    q = x[None]
+    if not torch.allclose(calls.attend(library, q, q, q, 2), attend(q, q, q, 2), atol=TOLERANCE):
+        return _sentence("attention")
+    return None
 
 
 def _product_failure(library: ctypes.CDLL, x: torch.Tensor, generator: torch.Generator) -> str | None:

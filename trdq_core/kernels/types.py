@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,6 +61,26 @@ class InputStages(NamedTuple):
 NO_STAGES = InputStages()
 
 
+class Prologue(NamedTuple):
+    """What is done to rows (tokens, channels) before the transform: "gelu" (tanh approximation), or "norm".
+
+    "norm" is layer norm without weights, then (1 + scale) * that + shift; scale and shift are (items, channels) float32, and
+    every item is tokens / items rows.
+    """
+
+    kind: Literal["gelu", "norm"]
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    epsilon: float = 0.0
+
+
+class Epilogue(NamedTuple):
+    """What is done to a product (tokens, channels): `added + gate * product`, gate (items, channels) or None for 1."""
+
+    added: Tensor  # (tokens, channels) float32
+    gate: Tensor | None = None
+
+
 class PackedWeight(NamedTuple):
     """A weight of (out_features, in_features) integers in panels of 64 columns, or in rows for the GPU kernels.
 
@@ -105,6 +125,49 @@ def check_input(x: Tensor, stages: InputStages) -> None:
     if block and (block not in HADAMARD_BLOCKS or width % block):
         allowed = [size for size in HADAMARD_BLOCKS if width % size == 0]
         raise ShapeError(f"hadamard_block={block} does not fit {width} channels; use 0 or one of {allowed}.")
+
+
+def check_prologue(x: Tensor, prologue: Prologue | None) -> None:
+    """Raises ShapeError where rows x (tokens, channels) do not go with the shift and scale of a prologue."""
+    if prologue is None or prologue.kind == "gelu":
+        return
+    for name, part in (("shift", prologue.shift), ("scale", prologue.scale)):
+        if part is None or part.dim() != 2 or part.shape[1] != x.shape[1] or not _items_fit(x, part):
+            found = "nothing" if part is None else str(tuple(part.shape))
+            raise ShapeError(
+                f"the norm's {name} is {found}; {x.shape[0]} tokens of {x.shape[1]} channels need "
+                f"(items, {x.shape[1]}) with a number of items that divides the tokens."
+            )
+
+
+def check_epilogue(tokens: int, out_features: int, epilogue: Epilogue | None) -> None:
+    """Raises ShapeError where a product (tokens, out_features) does not go with what is added to it or with its gate."""
+    if epilogue is None:
+        return
+    added, gate = epilogue
+    if added.shape != (tokens, out_features):
+        raise ShapeError(f"a residual of shape {tuple(added.shape)} cannot be added to ({tokens}, {out_features}).")
+    if gate is not None and (gate.dim() != 2 or gate.shape[1] != out_features or not _items_fit(added, gate)):
+        raise ShapeError(f"a gate of shape {tuple(gate.shape)} does not go with ({tokens}, {out_features}).")
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None) -> None:
+    """Raises ShapeError where q (items, rows, channels), k, v (items, keys, channels) and mask do not belong together."""
+    fits = q.dim() == 3 and k.shape == v.shape and k.dim() == 3 and heads > 0 and q.shape[2] % heads == 0
+    if not fits or k.shape[0] != q.shape[0] or k.shape[2] != q.shape[2] or k.shape[1] == 0:
+        shapes = ", ".join(str(tuple(part.shape)) for part in (q, k, v))
+        raise ShapeError(f"attention of {heads} heads: queries, keys and values of {shapes} do not belong together.")
+    sizes = (q.shape[0], heads, q.shape[1], k.shape[1])
+    if mask is not None and (
+        mask.dim() != 4
+        or mask.shape[3] != sizes[3]
+        or any(given not in (1, size) for given, size in zip(mask.shape[:3], sizes, strict=False))
+    ):
+        raise ShapeError(f"an attention mask of {tuple(mask.shape)} does not go with scores of {sizes}.")
+
+
+def _items_fit(rows: Tensor, part: Tensor) -> bool:
+    return part.shape[0] > 0 and rows.shape[0] % part.shape[0] == 0
 
 
 def _check_vector(name: str, vector: Tensor, width: int, dtype: torch.dtype) -> None:

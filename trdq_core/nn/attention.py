@@ -19,7 +19,7 @@ from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.timegroups import TimeContext, TimeGroups
 
 SCORE_BYTES = 1 << 20  # of one block of score rows: what stays in the second-level cache of one core
-PLAIN_PROCESSORS = ("AttnProcessor2_0", "AttnProcessor")
+PLAIN_PROCESSORS = ("AttnProcessor2_0", "AttnProcessor", "FusedAttention")  # the last is ours, see `fused`
 
 
 class Map(NamedTuple):

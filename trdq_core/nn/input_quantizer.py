@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from trdq_core.kernels import dispatch
-from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivation, StaticGrid
+from trdq_core.kernels.types import Epilogue, InputStages, PackedWeight, Prologue, QuantizedActivation, StaticGrid
 from trdq_core.nn.buffers import check_in_memory, keep_dtypes
 from trdq_core.nn.input_grid import InputGrid, stacked
 from trdq_core.timegroups import TimeContext
@@ -137,15 +137,26 @@ class InputQuantizer(nn.Module):
 
     def linear(self, x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         """Quantize x (..., channels) and multiply at once, without the low-rank part: (..., out_features) in x's dtype."""
-        return dispatch.linear_from_float(
+        return self.linears(x, [(weight, bias)])
+
+    def linears(
+        self,
+        x: Tensor,
+        weights: Sequence[tuple[PackedWeight, Tensor | None]],
+        prologue: Prologue | None = None,
+        epilogue: Epilogue | None = None,
+    ) -> Tensor:
+        """The same for weights with biases that read one input: their outputs side by side."""
+        return dispatch.linears_from_float(
             x,
             self.stages(),
-            weight,
-            bias,
+            weights,
             self.bits,
             self.symmetric,
             self._static(),
             self._clip(),
+            prologue=prologue,
+            epilogue=epilogue,
             backend=self.backend,
         )
 
@@ -187,8 +198,19 @@ class InputQuantizer(nn.Module):
         """Forget what was derived from the buffers; call it after their contents changed."""
         self._stages, self._last, self._traced = None, None, None
 
-    def _stage(self, index: int) -> InputStages:
-        parts = {name: getattr(self, name) for name in _STACKED}
+    def prepare(self, buffers: Mapping[str, Tensor]) -> InputStages:
+        """What `take` wants beside the buffers of one set; touches nothing of the quantizer, so a thread may make it."""
+        return self._stage(0, {**self._buffers, **buffers})
+
+    def take(self, buffers: Mapping[str, Tensor], prepared: InputStages) -> None:
+        """Put the buffers of another set in the place of the present one's."""
+        self._buffers.update(buffers)
+        self.refresh()
+        self._stages = [prepared]
+
+    def _stage(self, index: int, buffers: Mapping[str, Tensor | None] | None = None) -> InputStages:
+        buffers = self._buffers if buffers is None else buffers
+        parts = {name: buffers[name] for name in _STACKED}
         for part in parts.values():
             check_in_memory(part)
         return InputStages(

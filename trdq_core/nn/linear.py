@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -146,9 +146,20 @@ class QuantizedLinear(nn.Module):
         """Forget what was derived from the buffers; call it after they were replaced or changed."""
         self._packed, self._dense = None, {}
 
-    def _slice(self, index: int) -> PackedWeight:
-        check_in_memory(self.qweight)
-        parts = {field: getattr(self, name) for name, field in PACKED_FIELDS.items()}
+    def prepare(self, buffers: Mapping[str, Tensor]) -> PackedWeight | None:
+        """What `take` wants beside the buffers of one set; touches nothing of the layer, so a thread may make it."""
+        return self._slice(0, {**self._buffers, **buffers}) if self.integer else None
+
+    def take(self, buffers: Mapping[str, Tensor], prepared: PackedWeight | None) -> None:
+        """Put the buffers of another set in the place of the present one's."""
+        self._buffers.update(buffers)
+        self.refresh()
+        self._packed = None if prepared is None else [prepared]
+
+    def _slice(self, index: int, buffers: Mapping[str, Tensor | None] | None = None) -> PackedWeight:
+        buffers = self._buffers if buffers is None else buffers
+        check_in_memory(buffers["qweight"])
+        parts = {field: buffers[name] for name, field in PACKED_FIELDS.items()}
         return PackedWeight(
             **{field: None if part is None else part[index] for field, part in parts.items()},
             bits=self.storage_bits,

@@ -1,23 +1,29 @@
 """Switched storage: the sets of all time groups in one memory-mapped file, only the active one in memory.
 
-The exact time-grouped method at the memory of one set; sampling downwards through K groups costs K - 1 swaps.
+The exact time-grouped method at the memory of one set; sampling downwards through K groups costs K - 1 swaps. On a CPU a swap
+exchanges pointers: the layers' buffers become views of the mapped file, whose pages a thread has read while the group before
+was at work. So at most one extra set is in memory, as clean pages that the system may take back; those of the set that was
+left are given back at once. On other devices the set is copied into the buffers.
 """
 
 from __future__ import annotations
 
+import itertools
 import time
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trdq_core.errors import CalibrationError, StorageError
+from trdq_core.errors import StorageError
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.nn.mapped_sets import MappedFiles, Range, Reader
 
 Buffers = Mapping[str, Mapping[str, Tensor]]  # module name -> buffer name -> (1, ...) tensor of one set
 
@@ -30,6 +36,13 @@ def numbered(group: int, name: str) -> str:
     return f"{group}.{name}"
 
 
+class Ready(NamedTuple):
+    """A set that only has to be put in place."""
+
+    parts: list[tuple[str, nn.Module, dict[str, Tensor], Any]]  # name, module, its buffers, what it makes of them
+    ranges: list[Range]  # of the file
+
+
 class SwitchedSets:
     """Swaps the buffers of quantized layers when sampling enters another time group.
 
@@ -40,23 +53,18 @@ class SwitchedSets:
         self, files: Path | Sequence[Path], modules: Mapping[str, nn.Module], name: SetName = numbered
     ) -> None:
         self.files = (files,) if isinstance(files, Path) else tuple(files)
-        self.active = 0
+        self.active = self._ahead = 0
         self.swap_seconds: list[float] = []
         self.modules = dict(modules)
         self._name = name
         # Names, not tensors: moving a model to another device puts new tensors in the place of its buffers.
-        self._targets = {
-            f"{prefix}.{key}": (module, key) for prefix, module in modules.items() for key in set_buffers(module)
-        }
-        self._stored: dict[str, Any] = {}
-        for file in self.files:
-            try:
-                handle = safe_open(file, "pt")
-            except (OSError, SafetensorError) as error:
-                raise CalibrationError(
-                    f"{file.name}: the switched sets cannot be read ({error}); convert again."
-                ) from error
-            self._stored.update(dict.fromkeys(handle.keys(), handle))
+        self._targets = [f"{prefix}.{key}" for prefix, module in modules.items() for key in set_buffers(module)]
+        self._stored = MappedFiles(self.files)
+        self._reader = Reader()
+        self._ready: dict[int, Ready] = {}
+        first = next(iter(self._targets), None)
+        self.count = 0 if first is None else _sets_of(first, self._stored.places, name)
+        self._prefetch()
 
     @property
     def nbytes(self) -> int:
@@ -69,26 +77,72 @@ class SwitchedSets:
 
     def tensor(self, group: int, name: str) -> Tensor:
         """One buffer (1, ...) of one set, read from its file."""
-        stored = self._name(group, name)
-        return self._stored[stored].get_tensor(stored)
+        return self._stored.tensor(self._name(group, name))
 
     def activate(self, group: int) -> None:
-        """Copy the set of `group` into the layers' buffers; nothing is allocated and nothing moves."""
+        """Put the set of `group` in the place of the layers' buffers, and have the next one read."""
         if group == self.active:
             return
         started = time.perf_counter()
-        for name, (module, key) in self._targets.items():
-            buffer = module._buffers[key]
-            if buffer is None or buffer.is_meta:
+        self._reader.wait()
+        for name, module, buffers, prepared in self._look_up(group).parts:
+            held = next(module._buffers[key] for key in buffers)
+            if held is None or held.is_meta:
                 raise StorageError(
                     f"{name}: switched sets need their layers in memory, and this one was offloaded with its buffers; "
                     'use enable_model_cpu_offload, or a recipe with storage "resident".'
                 )
-            buffer.copy_(self.tensor(group, name))
-        for module in self.modules.values():
+            if held.device.type == "cpu":
+                module.take(buffers, prepared)
+                continue
+            for key, buffer in buffers.items():
+                module._buffers[key].copy_(buffer)
             module.refresh()
+        stale = {self.active, self._ahead} - {group}
         self.active = group
+        self._prefetch(stale)
         self.swap_seconds.append(time.perf_counter() - started)
+
+    def _look_up(self, group: int) -> Ready:
+        """A set as the layers take it; made once, since views of the file hold no memory of their own."""
+        if group not in self._ready:
+            buffers: dict[str, dict[str, Tensor]] = {}
+            for name in self._targets:
+                prefix, _, key = name.rpartition(".")
+                buffers.setdefault(prefix, {})[key] = self.tensor(group, name)
+                time.sleep(0)  # lets the sampling thread have the interpreter at once
+            parts = []
+            for prefix, own in buffers.items():
+                parts.append((prefix, self.modules[prefix], own, self.modules[prefix].prepare(own)))
+                time.sleep(0)
+            ranges = self._stored.ranges(self._name(group, name) for name in self._targets)
+            self._ready[group] = Ready(parts, ranges)
+        return self._ready[group]
+
+    def _prefetch(self, stale: Iterable[int] = ()) -> None:
+        """Read the set below the active one, or the topmost for the next run: timesteps fall while a model samples. The pages
+        of `stale` sets go.
+        """
+        if self.count < 2:
+            return
+        self._ahead = coming = (self.active - 1) % self.count
+        leaving = [group for group in stale if group != coming]
+        sets, stored = weakref.ref(self), self._stored
+
+        def work() -> None:
+            owner = sets()
+            if owner is None:
+                return
+            for group in leaving:
+                stored.release(owner._look_up(group).ranges)
+            stored.touch(owner._look_up(coming).ranges)
+
+        self._reader.begin(work)
+
+
+def _sets_of(target: str, places: Mapping[str, object], name: SetName) -> int:
+    """How many sets hold a tensor for this target."""
+    return next(group for group in itertools.count() if name(group, target) not in places)
 
 
 def set_buffers(module: nn.Module) -> dict[str, Tensor]:

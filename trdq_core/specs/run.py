@@ -28,6 +28,7 @@ class RunSpec(Spec):
     backend: Literal["reference", "torch", "cpp", "triton"] | None = None  # None: the fastest that runs here
     sharing: SharingSpec | None = None  # of the attention command: the threshold and time groups to plan with
     seeds: int = 1  # of evaluate: pictures of each prompt, from seed, seed + 1000 and so on
+    trace: str | None = None  # of profile: the file that gets a Chrome trace of one step
     save_to: str | None = None  # of save: the folder to write; None: "model" in the run folder
     push_to_hub: str | None = None  # of save: OWNER/NAME to upload it to
     bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone

@@ -2,6 +2,7 @@
 //
 // Every entry returns a Status. Thread counts are arguments: the caller passes torch.get_num_threads(), and a team of
 // that size is the one torch's own regions keep warm, because both use the same libgomp.
+#include "attention.h"
 #include "product.h"
 #include "rows.h"
 
@@ -14,23 +15,39 @@ Levels levels_in(void* memory, int64_t rows, int64_t stride) {
   return {reinterpret_cast<uint8_t*>(row_sum + rows), stride, scale, scale + rows, row_sum};
 }
 
-// Quantizes and multiplies kLevelBytes of levels at a time: they never leave the cache, and nothing is allocated.
-int quantize_and_multiply(const Stages& stages, const float* x, const Request& request, Product p, int threads) {
-  const int64_t tokens = p.task.rows, lda = p.task.lda;
-  const int64_t rows = std::min(tokens, std::max<int64_t>(kLevelBytes / lda, 16 * kTileRows));
+Request make_request(const trdq_rows& rows) {
+  return {rows.bits, rows.symmetric != 0, rows.static_scale, rows.static_zero, rows.clip};
+}
+
+// Quantizes kLevelBytes of levels at a time and multiplies them with every weight: they never leave the cache, and
+// nothing is allocated.
+int quantize_and_multiply(const trdq_rows& input, const trdq_weight* weights, int64_t count,
+                          const trdq_residual* residual, int threads) {
+  const int64_t lda = ceil_div(input.width, 4) * 4;
+  const int64_t rows = std::min(input.tokens, std::max<int64_t>(kLevelBytes / lda, 16 * kTileRows));
   void* memory = level_scratch.reserve(rows * (lda + 2 * sizeof(float) + sizeof(int32_t)));
   if (memory == nullptr) return kNoMemory;
   const Levels levels = levels_in(memory, rows, lda);
-  p.task.a = levels.values;
-  p.task.a_scale = levels.scale;
-  p.task.a_zero = levels.zero_point;
-  p.task.a_sum = levels.row_sum;
-  float* y = p.task.y;
-  for (int64_t first = 0; first < tokens; first += rows) {
-    p.task.rows = std::min(rows, tokens - first);
-    p.task.y = y + first * p.task.ldy;
-    int status = quantize(stages, x + first * p.task.depth, p.task.rows, p.task.depth, request, levels, threads);
-    if (status == kOk) status = run_product(p, threads);
+  const Stages stages = make_stages(input);
+  for (int64_t first = 0; first < input.tokens; first += rows) {
+    const int64_t present = std::min(rows, input.tokens - first);
+    int status = quantize(stages, input.x + first * input.width, first, present, input.width, make_request(input),
+                          levels, threads);
+    for (int64_t i = 0; i < count && status == kOk; i++) {
+      Product p = make_product(weights[i]);
+      if (p.task.columns == 0) continue;
+      p.task.a = levels.values;
+      p.task.a_scale = levels.scale;
+      p.task.a_zero = levels.zero_point;
+      p.task.a_sum = levels.row_sum;
+      p.task.rows = present;
+      p.task.y += first * p.task.ldy;
+      if (residual != nullptr) {
+        p.task.residual = {residual->added, residual->ld_added, residual->gate, residual->ld_gate, residual->item_rows,
+                           first};
+      }
+      status = run_product(p, threads);
+    }
     if (status != kOk) return status;
   }
   return kOk;
@@ -54,60 +71,73 @@ TRDQ_EXPORT int trdq_limit_path(int highest) {
   return trdq::kOk;
 }
 
-// y = T(x); x and y are tokens x width, contiguous.
-TRDQ_EXPORT int trdq_transform(const float* x, int64_t tokens, int64_t width, const float* inverse_scale, const float* rotation,
-                   int64_t rotation_size, const int32_t* permutation, int64_t hadamard_block,
-                   const float* second_rotation, int64_t second_size, float* y, int threads) {
-  const auto stages = trdq::make_stages(inverse_scale, rotation, rotation_size, permutation, hadamard_block,
-                                        second_rotation, second_size);
-  return trdq::for_each_tile(stages, x, tokens, width, threads, [=](int64_t first, int64_t rows, const float* rows_of_t) {
-    std::memcpy(y + first * width, rows_of_t, rows * width * sizeof(float));
-  });
+// From now on the phases are timed, from zero, or no longer.
+TRDQ_EXPORT int trdq_measure(int on) {
+  for (auto& time : trdq::phase_time) time = 0;
+  trdq::measuring = on != 0;
+  return trdq::kOk;
+}
+
+// Nanoseconds of each phase since then, added up over threads, in the order of `Phase`.
+TRDQ_EXPORT int trdq_phases(int64_t* nanoseconds) {
+  for (int i = 0; i < trdq::kPhases; i++) nanoseconds[i] = trdq::phase_time[i];
+  return trdq::kOk;
+}
+
+// Runs what the unit can do at most, on registers alone, in every thread; operations[0] tells how many that were: 0 where
+// there is no such loop. unit 0: float32 multiply-add, 1: 8-bit dot products.
+TRDQ_EXPORT int trdq_peak(int unit, int64_t rounds, int threads, int64_t* operations) {
+  int64_t each = 0;
+#pragma omp parallel num_threads(threads) reduction(max : each)
+  each = trdq::peak_ops().run(unit, rounds);
+  operations[0] = each * threads;
+  return trdq::kOk;
+}
+
+// y = T(x), tokens x width, contiguous.
+TRDQ_EXPORT int trdq_transform(const trdq_rows* rows, float* y, int threads) {
+  const int64_t width = rows->width;
+  return trdq::for_each_tile(trdq::make_stages(*rows), rows->x, 0, rows->tokens, width, threads,
+                             [=](int64_t first, int64_t count, const float* t) {
+                               std::memcpy(y + first * width, t, count * width * sizeof(float));
+                             });
 }
 
 // Levels of T(x), one grid per token, or one for all of them where static_scale and static_zero are given.
-TRDQ_EXPORT int trdq_quantize(const float* x, int64_t tokens, int64_t width, const float* inverse_scale,
-                              const float* rotation, int64_t rotation_size, const int32_t* permutation,
-                              int64_t hadamard_block, const float* second_rotation, int64_t second_size, int bits,
-                              int symmetric, const float* static_scale, const float* static_zero, float clip,
-                              uint8_t* values, float* scale, float* zero_point, int32_t* row_sum, int threads) {
-  const auto stages = trdq::make_stages(inverse_scale, rotation, rotation_size, permutation, hadamard_block,
-                                        second_rotation, second_size);
-  return trdq::quantize(stages, x, tokens, width, {bits, symmetric != 0, static_scale, static_zero, clip},
-                        {values, width, scale, zero_point, row_sum}, threads);
+TRDQ_EXPORT int trdq_quantize(const trdq_rows* rows, uint8_t* values, float* scale, float* zero_point, int32_t* row_sum,
+                              int threads) {
+  return trdq::quantize(trdq::make_stages(*rows), rows->x, 0, rows->tokens, rows->width, trdq::make_request(*rows),
+                        {values, rows->width, scale, zero_point, row_sum}, threads);
 }
 
-// y (tokens x out_features). values has leading dimension lda, a multiple of 4; what lies past in_features must be 0.
-TRDQ_EXPORT int trdq_linear(const uint8_t* values, int64_t lda, const float* scale, const float* zero_point,
-                            const int32_t* row_sum, int64_t tokens, int64_t in_features, int64_t out_features,
-                            const void* weight, int bits, const int8_t* group_scale, int64_t group_size,
-                            const float* weight_scale, const float* weight_zero, const float* column_sum,
-                            const float* bias, float* y, int threads) {
-  const trdq::Product product = {{values, tokens, lda, in_features, scale, zero_point, row_sum, nullptr, out_features,
-                                  weight_scale, weight_zero, column_sum, bias, y, out_features, nullptr},
-                                 static_cast<const uint8_t*>(weight), bits, group_scale, group_size};
+// y (tokens x out_features) from levels. values has leading dimension in_features rounded up to a multiple of 4; what
+// lies past in_features must be 0.
+TRDQ_EXPORT int trdq_linear(const uint8_t* values, const float* scale, const float* zero_point, const int32_t* row_sum,
+                            int64_t tokens, const trdq_weight* weight, int threads) {
+  trdq::Product product = trdq::make_product(*weight);
   if (!trdq::product_fits(product)) return trdq::kBadArgument;
-  if (tokens == 0 || out_features == 0) return trdq::kOk;
+  if (tokens == 0 || weight->out_features == 0) return trdq::kOk;
+  product.task.a = values;
+  product.task.rows = tokens;
+  product.task.a_scale = scale;
+  product.task.a_zero = zero_point;
+  product.task.a_sum = row_sum;
   return trdq::run_product(product, threads);
 }
 
-// The two above in one: y (tokens x out_features) from x (tokens x in_features).
-TRDQ_EXPORT int trdq_linear_from_float(
-    const float* x, int64_t tokens, int64_t in_features, const float* inverse_scale, const float* rotation,
-    int64_t rotation_size, const int32_t* permutation, int64_t hadamard_block, const float* second_rotation,
-    int64_t second_size, int bits, int symmetric, const float* static_scale, const float* static_zero, float clip,
-    int64_t out_features, const void* weight, int weight_bits, const int8_t* group_scale, int64_t group_size,
-    const float* weight_scale, const float* weight_zero, const float* column_sum, const float* bias, float* y,
-    int threads) {
-  const auto stages = trdq::make_stages(inverse_scale, rotation, rotation_size, permutation, hadamard_block,
-                                        second_rotation, second_size);
-  const trdq::Product product = {{nullptr, tokens, trdq::ceil_div(in_features, 4) * 4, in_features, nullptr, nullptr,
-                                  nullptr, nullptr, out_features, weight_scale, weight_zero, column_sum, bias, y,
-                                  out_features, nullptr},
-                                 static_cast<const uint8_t*>(weight), weight_bits, group_scale, group_size};
-  if (!trdq::product_fits(product)) return trdq::kBadArgument;
-  if (tokens == 0 || out_features == 0) return trdq::kOk;
-  return trdq::quantize_and_multiply(stages, x, {bits, symmetric != 0, static_scale, static_zero, clip}, product, threads);
+// The two above in one, for some weights that read the same rows. The residual, if any, goes onto every product.
+TRDQ_EXPORT int trdq_linears_from_float(const trdq_rows* rows, const trdq_weight* weights, int64_t count,
+                                        const trdq_residual* residual, int threads) {
+  for (int64_t i = 0; i < count; i++) {
+    if (weights[i].in_features != rows->width) return trdq::kBadArgument;
+    if (!trdq::product_fits(trdq::make_product(weights[i]))) return trdq::kBadArgument;
+  }
+  if (residual != nullptr && residual->gate != nullptr && residual->item_rows <= 0) return trdq::kBadArgument;
+  if (rows->tokens == 0) return trdq::kOk;
+  return trdq::quantize_and_multiply(*rows, weights, count, residual, threads);
 }
+
+// softmax(factor * Q K^T + mask) V for every item and head.
+TRDQ_EXPORT int trdq_attend(const trdq_attention* attention, int threads) { return trdq::attend(*attention, threads); }
 
 }  // extern "C"

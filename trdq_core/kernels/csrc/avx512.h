@@ -1,28 +1,13 @@
 // The kernels for x86-64 CPUs with AVX512 (F, BW, VL, DQ) and VNNI. Compiled always, run only where the CPU has them.
 #pragma once
 
-#include "common.h"
+#include "avx512_base.h"
+#include "avx512_float.h"
 #include "portable.h"
 
-#if defined(__x86_64__) && defined(__GNUC__)
-#define TRDQ_X86 1
-#include <immintrin.h>
-
-#define TRDQ_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx2,fma")))
-#define TRDQ_INLINE TRDQ_AVX512 inline __attribute__((always_inline))
-
+#ifdef TRDQ_X86
 namespace trdq {
 namespace avx512 {
-
-inline bool supported() {
-  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512vnni");
-}
-
-TRDQ_INLINE __mmask16 tail_mask(int64_t left) {
-  return left >= 16 ? static_cast<__mmask16>(0xffff) : static_cast<__mmask16>((1u << (left > 0 ? left : 0)) - 1u);
-}
 
 // ---- rows -----------------------------------------------------------------------------------------------------
 
@@ -33,42 +18,20 @@ TRDQ_AVX512 inline void scale(const float* x, const float* factor, float* y, int
   }
 }
 
-template <int kRows>
-TRDQ_INLINE void rotate_tile(const float* x, float* y, int64_t width, const float* matrix, int64_t size) {
-  __m512 acc[kRows][2];
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; r++) acc[r][0] = acc[r][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < size; k++, matrix += kRotationPanel) {
-    const __m512 m0 = _mm512_loadu_ps(matrix), m1 = _mm512_loadu_ps(matrix + 16);
-#pragma GCC unroll 12
-    for (int r = 0; r < kRows; r++) {
-      const __m512 v = _mm512_set1_ps(x[r * width + k]);
-      acc[r][0] = _mm512_fmadd_ps(v, m0, acc[r][0]);
-      acc[r][1] = _mm512_fmadd_ps(v, m1, acc[r][1]);
-    }
-  }
-#pragma GCC unroll 12
-  for (int r = 0; r < kRows; r++) {
-    _mm512_storeu_ps(y + r * width, acc[r][0]);
-    _mm512_storeu_ps(y + r * width + 16, acc[r][1]);
-  }
-}
-
-TRDQ_INLINE void rotate_rows(const float* x, float* y, int64_t rows, int64_t width, const float* matrix, int64_t size) {
-  int64_t r = 0;
-  for (; r + 12 <= rows; r += 12) rotate_tile<12>(x + r * width, y + r * width, width, matrix, size);
-  for (; r + 6 <= rows; r += 6) rotate_tile<6>(x + r * width, y + r * width, width, matrix, size);
-  for (; r + 2 <= rows; r += 2) rotate_tile<2>(x + r * width, y + r * width, width, matrix, size);
-  for (; r < rows; r++) rotate_tile<1>(x + r * width, y + r * width, width, matrix, size);
-}
-
 // Panels outermost: one panel (16 KiB at n = 128) stays in the first-level cache for every block and row of the tile.
-TRDQ_AVX512 inline void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation) {
-  if (rotation.panel != kRotationPanel) return portable::rotate(x, y, rows, width, rotation);
-  for (int64_t start = 0; start < rotation.size; start += kRotationPanel) {
-    const float* matrix = rotation.data + start * rotation.size;
-    for (int64_t block = 0; block < width; block += rotation.size) {
-      rotate_rows(x + block, y + block + start, rows, width, matrix, rotation.size);
+TRDQ_AVX512 inline void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation,
+                               const int32_t* index) {
+  if (rotation.panel != kRotationPanel) return portable::rotate(x, y, rows, width, rotation, index);
+  const int64_t size = rotation.size;
+  for (int64_t start = 0; start < size; start += kRotationPanel) {
+    const Dense dense = {rotation.data + start * size, size, kRotationPanel, nullptr};
+    for (int64_t block = 0; block < width; block += size) {
+      float* to = y + block + start;
+      if (index != nullptr) {
+        dense_rows<2, true>(x, width, rows, index + block, dense, to, width);
+      } else {
+        dense_rows<2, false>(x + block, width, rows, nullptr, dense, to, width);
+      }
     }
   }
 }
@@ -183,10 +146,31 @@ TRDQ_INLINE void accumulate(const uint8_t* a, int64_t lda, const int8_t* w, __m5
   }
 }
 
-// y = a_scale * w_scale * (acc - a_zero * column_sum - w_zero * (a_sum - depth * a_zero)) + bias, exact up to the
-// bracket: the integer terms may wrap on the way, their sum fits (see kMaxDepth).
+// Where the gates of some rows and what is added to them lie; looked up once, since finding a row's item is a division.
 template <int kRows>
+struct Added {
+  const float* gate[kRows];
+  const float* added[kRows];
+};
+
+template <int kRows>
+TRDQ_INLINE Added<kRows> find_added(const PanelTask& task, int64_t row) {
+  Added<kRows> found;
+  const Residual& residual = task.residual;
+  for (int r = 0; r < kRows; r++) {
+    const int64_t whole = residual.first_row + row + r;
+    found.added[r] = residual.added + whole * residual.ld_added;
+    found.gate[r] = residual.gate == nullptr ? nullptr : residual.gate + whole / residual.item_rows * residual.ld_gate;
+  }
+  return found;
+}
+
+// y = a_scale * w_scale * (acc - a_zero * column_sum - w_zero * (a_sum - depth * a_zero)) + bias, exact up to the
+// bracket: the integer terms may wrap on the way, their sum fits (see kMaxDepth). Then gate and residual.
+template <int kRows, bool kAdds>
 TRDQ_INLINE void finish(const PanelTask& task, int64_t row, const __m512i (&acc)[kRows][4]) {
+  Added<kRows> found;
+  if (kAdds) found = find_added<kRows>(task, row);
 #pragma GCC unroll 4
   for (int j = 0; j < 4; j++) {
     const __mmask16 mask = tail_mask(task.columns - 16 * j);
@@ -204,14 +188,29 @@ TRDQ_INLINE void finish(const PanelTask& task, int64_t row, const __m512i (&acc)
         exact = _mm512_sub_epi32(exact, _mm512_mullo_epi32(w_zero, centred));
       }
       const __m512 value = _mm512_mul_ps(_mm512_cvtepi32_ps(exact), w_scale);
-      const __m512 y = _mm512_fmadd_ps(value, _mm512_set1_ps(task.a_scale[row + r]), bias);
+      __m512 y = _mm512_fmadd_ps(value, _mm512_set1_ps(task.a_scale[row + r]), bias);
+      if (kAdds) {
+        if (found.gate[r] != nullptr) y = _mm512_mul_ps(y, _mm512_maskz_loadu_ps(mask, found.gate[r] + 16 * j));
+        y = _mm512_add_ps(y, _mm512_maskz_loadu_ps(mask, found.added[r] + 16 * j));
+      }
       _mm512_mask_storeu_ps(task.y + (row + r) * task.ldy + 16 * j, mask, y);
     }
   }
 }
 
+// Of what will be added to a tile: 256 bytes a row, at a stride that the hardware does not foresee. They arrive while the
+// products are summed.
+template <int kRows>
+TRDQ_INLINE void fetch_added(const PanelTask& task, int64_t row) {
+  const float* added = task.residual.added + (task.residual.first_row + row) * task.residual.ld_added;
+  for (int r = 0; r < kRows; r++, added += task.residual.ld_added) {
+    for (int j = 0; j < 4; j++) _mm_prefetch(reinterpret_cast<const char*>(added + 16 * j), _MM_HINT_T0);
+  }
+}
+
 template <int kRows>
 TRDQ_AVX512 inline void product_tile(const PanelTask& task, int64_t row) {
+  if (task.residual.added != nullptr) fetch_added<kRows>(task, row);
   __m512i acc[kRows][4];
 #pragma GCC unroll 6
   for (int r = 0; r < kRows; r++) {
@@ -219,7 +218,8 @@ TRDQ_AVX512 inline void product_tile(const PanelTask& task, int64_t row) {
     for (int j = 0; j < 4; j++) acc[r][j] = _mm512_setzero_si512();
   }
   accumulate<kRows>(task.a + row * task.lda, task.lda, task.w, acc);
-  finish<kRows>(task, row, acc);
+  if (task.residual.added == nullptr) return finish<kRows, false>(task, row, acc);
+  finish<kRows, true>(task, row, acc);
 }
 
 TRDQ_AVX512 inline void product(const PanelTask& task) {
@@ -264,7 +264,32 @@ TRDQ_AVX512 inline void unpack(const uint8_t* packed, const uint8_t* group_scale
   }
 }
 
-constexpr RowOps kRowOps = {scale, rotate, hadamard, range, quantize};
+constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quantize, gelu,
+                            modulated_norm, exponentials, multiply};
+// Twelve chains each, enough to hide the latency of the unit.
+TRDQ_AVX512 inline int64_t peak(int unit, int64_t rounds) {
+  __m512 f[12];
+  __m512i q[12];
+  const __m512 half = _mm512_set1_ps(0.5f);
+  const __m512i ones = _mm512_set1_epi8(1);
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) f[i] = half, q[i] = ones;
+  for (int64_t round = 0; round < rounds; round++) {
+    if (unit == 0) {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) f[i] = _mm512_fmadd_ps(f[i], half, half);
+    } else {
+#pragma GCC unroll 12
+      for (int i = 0; i < 12; i++) dot(q[i], ones, ones);
+    }
+  }
+#pragma GCC unroll 12
+  for (int i = 0; i < 12; i++) asm volatile("" ::"v"(f[i]), "v"(q[i]));
+  return rounds * 12 * (unit == 0 ? 32 : 128);
+}
+
+constexpr PeakOps kPeakOps = {peak};
+constexpr HeadOps kHeadOps = {transpose, probabilities, pack_values};
 constexpr PanelOps kPanelOps = {product, unpack, portable::product_bytes};
 
 }  // namespace avx512

@@ -38,13 +38,49 @@ struct Grid {
 struct RowOps {
   void (*scale)(const float* x, const float* factor, float* y, int64_t n);
   // x and y: rows x width, both with leading dimension width; width is a multiple of rotation.size.
-  void (*rotate)(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation);
+  // With an index, channel k of the input is x[index[k]]: a permutation in front of a rotation costs no pass of its own.
+  void (*rotate)(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation, const int32_t* index);
   // n is a multiple of block, block one of 32, 64, 128, 256; normalised.
   void (*hadamard)(const float* x, float* y, int64_t n, int64_t block);
   // Largest and smallest value of the row, zero included.
   void (*range)(const float* x, int64_t n, float* low, float* high);
   // Writes the levels and returns their sum.
   int32_t (*quantize)(const float* x, int64_t n, const Grid& grid, uint8_t* q);
+  // x / (1 + exp(-2 sqrt(2 / pi) (x + 0.044715 x^3))), which is GELU with the tanh approximation.
+  void (*gelu)(const float* x, float* y, int64_t n);
+  // Layer norm of one row, then (1 + scale) * that + shift.
+  void (*modulated_norm)(const float* x, const float* scale, const float* shift, float epsilon, float* y, int64_t n);
+  // x = exp(x - max), in place; returns the sum.
+  float (*exponentials)(float* x, int64_t n);
+  // y (rows x columns) = x (rows x depth) times one panel [depth][kRotationPanel]; columns 1..kRotationPanel. Each row
+  // is multiplied by its factor where there are factors.
+  void (*multiply)(const float* x, int64_t ldx, int64_t rows, const float* panel, int64_t depth, int64_t columns,
+                   const float* factor, float* y, int64_t ldy);
+};
+
+// What is done with a product before it is stored: y = residual + gate * (product + bias), one gate for `item_rows` rows.
+struct Residual {
+  const float* added;  // rows x columns of the whole result, or null: nothing is done
+  int64_t ld_added;
+  const float* gate;  // items x columns, or null for 1
+  int64_t ld_gate;
+  int64_t item_rows;
+  int64_t first_row;  // of this task in the whole problem
+};
+
+// What attention needs besides products.
+struct HeadOps {
+  // panel [width][columns] = x^T for x rows x width, rows <= columns; columns past `rows` become 0.
+  void (*transpose)(const float* x, int64_t ldx, int64_t rows, int64_t width, float* panel, int64_t columns);
+  // Levels round(255 exp(x - max)); returns their sum.
+  int32_t (*probabilities)(const float* x, int64_t n, uint8_t* levels);
+  // Symmetric levels of each column of v (keys x width) as weight panels [ceil(keys / 4)][64][4], and their scales.
+  void (*pack_values)(const float* v, int64_t ldv, int64_t keys, int64_t width, float* scale, int8_t* panels);
+};
+
+struct PeakOps {
+  // Keeps unit 0 (float32) or 1 (8 bits) busy for so many rounds; returns the operations done.
+  int64_t (*run)(int unit, int64_t rounds);
 };
 
 // One activation block times one panel of 64 columns.
@@ -65,6 +101,7 @@ struct PanelTask {
   float* y;
   int64_t ldy;
   void* memory;  // of this thread, PanelOps::product_bytes of it
+  Residual residual;
 };
 
 struct PanelOps {

@@ -1,6 +1,7 @@
 // The integer product: activation blocks times panels of 64 columns, spread over a team of threads.
 #pragma once
 
+#include "abi.h"
 #include "runtime.h"
 
 namespace trdq {
@@ -13,6 +14,20 @@ struct Product {
   const int8_t* group_scale;  // columns x groups
   int64_t group_size;
 };
+
+Product make_product(const trdq_weight& w) {
+  PanelTask task = {};
+  task.depth = w.in_features;
+  task.lda = ceil_div(w.in_features, 4) * 4;
+  task.columns = w.out_features;
+  task.w_scale = w.scale;
+  task.w_zero = w.zero_point;
+  task.column_sum = w.column_sum;
+  task.bias = w.bias;
+  task.y = w.y;
+  task.ldy = w.ldy;
+  return {task, static_cast<const uint8_t*>(w.data), w.bits, w.group_scale, w.group_size};
+}
 
 bool product_fits(const Product& p) {
   const PanelTask& all = p.task;
@@ -59,6 +74,9 @@ PanelTask cut(const PanelTask& all, int64_t first, int64_t rows, int64_t panel, 
   task.column_sum += n;
   if (task.bias != nullptr) task.bias += n;
   task.y += first * all.ldy + n;
+  task.residual.first_row += first;
+  if (task.residual.added != nullptr) task.residual.added += n;
+  if (task.residual.gate != nullptr) task.residual.gate += n;
   task.memory = memory;
   return task;
 }
@@ -86,6 +104,7 @@ int run_product(const Product& p, int threads) {
     int64_t held = -1;  // the panel whose bytes `memory` holds
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < panels * blocks; index++) {
+      Stopwatch watch;
       const int64_t panel = index / blocks, first = index % blocks * rows;
       if (!ready) {
 #pragma omp atomic write
@@ -96,6 +115,7 @@ int run_product(const Product& p, int threads) {
       if (p.bits == 4) w = held == panel ? reinterpret_cast<int8_t*>(memory) : unpack_panel(p, panel, memory);
       held = panel;
       ops.product(cut(all, first, std::min(rows, all.rows - first), panel, w, memory + panel_bytes));
+      watch.add(kMultiply);
     }
   }
   return status;

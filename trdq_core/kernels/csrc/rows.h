@@ -1,12 +1,21 @@
 // The online transform and the quantization of activations: tiles of rows, spread over a team of threads.
 #pragma once
 
+#include "abi.h"
 #include "runtime.h"
 
 namespace trdq {
 namespace {
 
+// What comes before the transform.
+enum Prologue : int { kNothing = 0, kGelu = 1, kModulatedNorm = 2 };
+
 struct Stages {
+  int prologue;
+  float epsilon;        // of the norm
+  const float* shift;   // items x width
+  const float* factor;  // items x width; the norm is multiplied by 1 + factor
+  int64_t item_rows;    // tokens of one item
   const float* inverse_scale;
   Rotation rotation;
   const int32_t* permutation;
@@ -14,22 +23,36 @@ struct Stages {
   Rotation second_rotation;
 
   bool empty() const {
-    return inverse_scale == nullptr && rotation.data == nullptr && permutation == nullptr && hadamard_block == 0 &&
+    return prologue == kNothing && inverse_scale == nullptr && rotation.data == nullptr && permutation == nullptr && hadamard_block == 0 &&
            second_rotation.data == nullptr;
   }
 };
 
-Stages make_stages(const float* inverse_scale, const float* rotation, int64_t rotation_size, const int32_t* permutation,
-                   int64_t hadamard_block, const float* second_rotation, int64_t second_size) {
-  return {inverse_scale, {rotation, rotation == nullptr ? 0 : rotation_size, 0}, permutation, hadamard_block,
-          {second_rotation, second_rotation == nullptr ? 0 : second_size, 0}};
+Stages make_stages(const trdq_rows& rows) {
+  return {rows.prologue,
+          rows.epsilon,
+          rows.shift,
+          rows.factor,
+          rows.item_rows,
+          rows.inverse_scale,
+          {rows.rotation, rows.rotation == nullptr ? 0 : rows.rotation_size, 0},
+          rows.permutation,
+          rows.hadamard_block,
+          {rows.second_rotation, rows.second_rotation == nullptr ? 0 : rows.second_size, 0}};
 }
 
 bool rotation_fits(const Rotation& rotation, int64_t width) {
   return rotation.data == nullptr || (rotation.size > 0 && width % rotation.size == 0);
 }
 
-bool stages_fit(const Stages& stages, int64_t width) {
+bool prologue_fits(const Stages& stages, int64_t tokens) {
+  if (stages.prologue == kNothing || stages.prologue == kGelu) return true;
+  return stages.prologue == kModulatedNorm && stages.shift != nullptr && stages.factor != nullptr &&
+         stages.item_rows > 0 && tokens % stages.item_rows == 0;
+}
+
+bool stages_fit(const Stages& stages, int64_t tokens, int64_t width) {
+  if (!prologue_fits(stages, tokens)) return false;
   if (!rotation_fits(stages.rotation, width) || !rotation_fits(stages.second_rotation, width)) return false;
   const int64_t block = stages.hadamard_block;
   if (block != 0 && block != 32 && block != 64 && block != 128 && block != 256) return false;
@@ -69,8 +92,19 @@ void gather(const float* x, const int32_t* index, float* y, int64_t n) {
   for (int64_t i = 0; i < n; i++) y[i] = x[index[i]];
 }
 
-// Returns where the transformed rows lie: x itself, a or b. a and b hold rows * width floats each.
-const float* transform_tile(const Stages& stages, const float* x, int64_t rows, int64_t width, float* a, float* b) {
+void run_prologue(const Stages& stages, const float* x, int64_t first, int64_t rows, int64_t width, float* y) {
+  const RowOps& ops = row_ops();
+  if (stages.prologue == kGelu) return ops.gelu(x, y, rows * width);
+  for (int64_t r = 0; r < rows; r++) {
+    const int64_t item = (first + r) / stages.item_rows * width;
+    ops.modulated_norm(x + r * width, stages.factor + item, stages.shift + item, stages.epsilon, y + r * width, width);
+  }
+}
+
+// Returns where the transformed rows lie: x itself, a or b. a and b hold rows * width floats each. `first` is the number
+// of the tile's first row in the whole input.
+const float* transform_tile(const Stages& stages, const float* x, int64_t first, int64_t rows, int64_t width, float* a,
+                            float* b, Stopwatch& watch) {
   const RowOps& ops = row_ops();
   const float* from = x;
   float* to = a;
@@ -78,15 +112,22 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t rows, 
     from = to;
     to = to == a ? b : a;
   };
+  if (stages.prologue != kNothing) {
+    run_prologue(stages, from, first, rows, width, to);
+    done();
+    watch.add(kBefore);
+  }
   if (stages.inverse_scale != nullptr) {
     for (int64_t r = 0; r < rows; r++) ops.scale(from + r * width, stages.inverse_scale, to + r * width, width);
     done();
   }
   if (stages.rotation.data != nullptr) {
-    ops.rotate(from, to, rows, width, stages.rotation);
+    ops.rotate(from, to, rows, width, stages.rotation, nullptr);
     done();
   }
-  if (stages.permutation != nullptr) {
+  // A rotation right behind the permutation reads the channels in their new order by itself.
+  const bool gathered = stages.hadamard_block == 0 && stages.second_rotation.data != nullptr;
+  if (stages.permutation != nullptr && !gathered) {
     for (int64_t r = 0; r < rows; r++) gather(from + r * width, stages.permutation, to + r * width, width);
     done();
   }
@@ -95,9 +136,10 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t rows, 
     done();
   }
   if (stages.second_rotation.data != nullptr) {
-    ops.rotate(from, to, rows, width, stages.second_rotation);
+    ops.rotate(from, to, rows, width, stages.second_rotation, gathered ? stages.permutation : nullptr);
     done();
   }
+  watch.add(kTransform);
   return from;
 }
 
@@ -112,13 +154,15 @@ int64_t tile_rows(const Stages& stages, int64_t tokens, int64_t width, int threa
 
 int64_t transform_work(const Stages& stages, int64_t tokens, int64_t width) {
   const int64_t rotations = stages.rotation.size + stages.second_rotation.size;
-  return tokens * width * (1 + rotations / 16);
+  return tokens * width * (1 + rotations / 16 + (stages.prologue == kNothing ? 0 : 2));
 }
 
-// Calls sink(first_row, rows, transformed rows) for every tile, tiles spread over the team.
+// Calls sink(first_row, rows, transformed rows) for every tile of the `tokens` rows at x, tiles spread over the team. x is
+// row `begin` of the whole input.
 template <typename Sink>
-int for_each_tile(Stages stages, const float* x, int64_t tokens, int64_t width, int threads, const Sink& sink) {
-  if (!stages_fit(stages, width)) return kBadArgument;
+int for_each_tile(Stages stages, const float* x, int64_t begin, int64_t tokens, int64_t width, int threads,
+                  const Sink& sink) {
+  if (!stages_fit(stages, begin + tokens, width)) return kBadArgument;
   if (tokens == 0 || width == 0) return kOk;
   if (!pack_rotations(stages)) return kNoMemory;
   threads = team(threads, transform_work(stages, tokens, width), kQuantizeGrain, tokens);
@@ -133,7 +177,10 @@ int for_each_tile(Stages stages, const float* x, int64_t tokens, int64_t width, 
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t first = tile * rows, count = std::min(rows, tokens - first);
       if (ready) {
-        sink(first, count, transform_tile(stages, x + first * width, count, width, memory, memory + floats));
+        Stopwatch watch;
+        const float* from = x + first * width;
+        sink(first, count, transform_tile(stages, from, begin + first, count, width, memory, memory + floats, watch));
+        watch.add(kQuantize);
       } else {
 #pragma omp atomic write
         status = kNoMemory;
@@ -182,10 +229,10 @@ struct Request {
   float clip;  // of a grid per token
 };
 
-int quantize(const Stages& stages, const float* x, int64_t tokens, int64_t width, const Request& request,
-             const Levels& out, int threads) {
+int quantize(const Stages& stages, const float* x, int64_t begin, int64_t tokens, int64_t width,
+             const Request& request, const Levels& out, int threads) {
   if (request.bits < 2 || request.bits > 8) return kBadArgument;
-  return for_each_tile(stages, x, tokens, width, threads, [&](int64_t first, int64_t rows, const float* t) {
+  return for_each_tile(stages, x, begin, tokens, width, threads, [&](int64_t first, int64_t rows, const float* t) {
     for (int64_t r = 0; r < rows; r++) {
       const int64_t token = first + r;
       const float* row = t + r * width;

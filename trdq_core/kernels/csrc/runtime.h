@@ -3,6 +3,9 @@
 
 #include <omp.h>
 
+#include <atomic>
+#include <chrono>
+
 #include "avx2.h"
 #include "avx512.h"
 #include "common.h"
@@ -13,7 +16,7 @@ namespace {
 
 enum Status : int { kOk = 0, kBadArgument = 1, kNoMemory = 2 };
 
-constexpr int kAbiVersion = 2;
+constexpr int kAbiVersion = 4;
 // 255 * 255 * depth must stay under 2^31: the exact integer result of one output.
 constexpr int64_t kMaxDepth = 33000;
 // One activation block plus one weight panel should share a second-level cache of 1 MiB or more.
@@ -55,7 +58,48 @@ const PanelOps& panel_ops() {
   return portable::kPanelOps;
 }
 
-thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch;
+const HeadOps& head_ops() {
+#ifdef TRDQ_X86
+  if (path() == kAvx512Vnni) return avx512::kHeadOps;
+  if (path() == kAvx2) return avx2::kHeadOps;
+#endif
+  return portable::kHeadOps;
+}
+
+const PeakOps& peak_ops() {
+#ifdef TRDQ_X86
+  if (path() == kAvx512Vnni) return avx512::kPeakOps;
+  if (path() == kAvx2) return avx2::kPeakOps;
+#endif
+  return portable::kPeakOps;
+}
+
+// Where the threads spend their time, in nanoseconds added up over them; counted only while somebody measures.
+enum Phase : int { kBefore = 0, kTransform = 1, kQuantize = 2, kMultiply = 3, kAttend = 4, kPhases = 5 };
+
+std::atomic<bool> measuring{false};
+std::atomic<int64_t> phase_time[kPhases];
+
+class Stopwatch {
+ public:
+  Stopwatch() : on_(measuring.load(std::memory_order_relaxed)) {
+    if (on_) last_ = Clock::now();
+  }
+  // Adds the time since the last call, or since the beginning, to a phase.
+  void add(Phase phase) {
+    if (!on_) return;
+    const Clock::time_point now = Clock::now();
+    phase_time[phase] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    last_ = now;
+  }
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  bool on_;
+  Clock::time_point last_;
+};
+
+thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch, head_scratch;
 
 int team(int threads, int64_t work, int64_t grain, int64_t tasks) {
   const int64_t useful = std::min<int64_t>({threads, tasks, 1 + work / grain});

@@ -1,0 +1,146 @@
+"""Transformer blocks whose norms, GELU, gates and residuals run inside the integer kernels' own passes.
+
+The modules are those of diffusers, looked up by their attributes; nothing of diffusers is imported. Modules, parameters and
+buffers stay as they are: only processors and forwards of instances are replaced, and each falls back to what it replaced.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from trdq_core.kernels import cpu
+from trdq_core.kernels.types import Epilogue, Prologue
+from trdq_core.nn.attention import PLAIN_PROCESSORS, additive_mask
+from trdq_core.nn.linear import QuantizedLinear
+
+GELU = Prologue("gelu")
+
+
+def fusable(*linears: nn.Module) -> bool:
+    """Whether all run in the C++ kernels and read nothing but the quantized input (a low-rank branch reads more)."""
+    return all(
+        isinstance(linear, QuantizedLinear)
+        and linear.integer
+        and linear.low_rank_up is None
+        and linear.input_quantizer.backend == "cpp"
+        for linear in linears
+    )
+
+
+def runs_here(x: Tensor) -> bool:
+    """Whether the fused kernels take this call: eager, without gradients, (items, tokens, channels) float32 on a CPU."""
+    here = x.device.type == "cpu" and x.dtype is torch.float32 and x.ndim == 3
+    return here and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+
+
+def product(
+    linears: Sequence[QuantizedLinear], x: Tensor, prologue: Prologue | None = None, epilogue: Epilogue | None = None
+) -> Tensor:
+    """Outputs of linears that share an input quantizer, side by side: (..., sum of out_features)."""
+    weights = [(linear.packed_weight(), linear.bias) for linear in linears]
+    return linears[0].input_quantizer.linears(x, weights, prologue, epilogue)
+
+
+class Around(NamedTuple):
+    """What a block does around its attention or feed-forward: norm and modulation before, gate and residual after."""
+
+    prologue: Prologue | None = None
+    epilogue: Epilogue | None = None
+
+
+NOTHING = Around()
+
+
+class FusedAttention:
+    """The processor of a plain attention with quantized projections: q, k and v in one product, then the C++ attention.
+
+    Queries, keys and values stay where the product left them, so no head is copied into place. The attention itself is
+    float32: `attend` differs from torch's by rounding alone.
+    """
+
+    def __init__(self, plain: Callable[..., Tensor]) -> None:
+        self.plain = plain
+
+    def __call__(
+        self,
+        attn: nn.Module,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+    ) -> Tensor:
+        """The attention's output (batch, tokens, channels)."""
+        if not runs_here(hidden_states):
+            return self.plain(
+                attn,
+                hidden_states,
+                encoder_hidden_states=encoder_hidden_states,
+                attention_mask=attention_mask,
+                temb=temb,
+            )
+        return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    def attend(
+        self, attn: nn.Module, x: Tensor, context: Tensor | None, mask: Tensor | None, around: Around = NOTHING
+    ) -> Tensor:
+        """The output of a call that `runs_here`, with what the block does around it."""
+        if context is None:
+            q, k, v = _side_by_side((attn.to_q, attn.to_k, attn.to_v), x, around.prologue)
+            source = x
+        else:
+            (q,) = _side_by_side((attn.to_q,), x, around.prologue)
+            k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
+            source = context
+        heads = cpu.attend(q, k, v, attn.heads, additive_mask(attn, mask, source))
+        return product((attn.to_out[0],), heads, None, around.epilogue)
+
+
+def _side_by_side(linears: Sequence[QuantizedLinear], x: Tensor, prologue: Prologue | None) -> list[Tensor]:
+    """Outputs of linears that read x; in one product where they share its quantization."""
+    if all(linear.input_quantizer is linears[0].input_quantizer for linear in linears):
+        return list(product(linears, x, prologue).split([linear.out_features for linear in linears], -1))
+    return [product((linear,), x, prologue) for linear in linears]
+
+
+class FusedFeedForward:
+    """Stands in for `forward` of a feed-forward with GELU: the second linear applies it while it quantizes its input."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.plain = module, module.forward
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output (batch, tokens, channels)."""
+        if args or kwargs or not runs_here(hidden_states):
+            return self.plain(hidden_states, *args, **kwargs)
+        return self.run(hidden_states)
+
+    def run(self, x: Tensor, around: Around = NOTHING) -> Tensor:
+        """The output of a call that `runs_here`, with what the block does around it."""
+        hidden = product((self.module.net[0].proj,), x, around.prologue)
+        return product((self.module.net[2],), hidden, GELU, around.epilogue)
+
+
+def fuse_attention(attention: nn.Module) -> bool:
+    """Put a `FusedAttention` into an attention whose work it does; False, and nothing changed, where it does not."""
+    plain = type(attention.processor).__name__ in PLAIN_PROCESSORS[:2]
+    extras = attention.spatial_norm is not None or attention.group_norm is not None or attention.residual_connection
+    norms = attention.norm_q is not None or attention.norm_k is not None or attention.norm_cross
+    linears = (attention.to_q, attention.to_k, attention.to_v, attention.to_out[0])
+    if not plain or extras or norms or attention.rescale_output_factor != 1.0 or not fusable(*linears):
+        return False
+    attention.set_processor(FusedAttention(attention.processor))
+    return True
+
+
+def fuse_feed_forward(module: nn.Module) -> bool:
+    """Put a `FusedFeedForward` into a feed-forward of linear, GELU (tanh) and linear; False where it is of another kind."""
+    first, last = module.net[0], module.net[2]
+    tanh = type(first).__name__ == "GELU" and getattr(first, "approximate", None) == "tanh"
+    if not tanh or not fusable(first.proj, last):
+        return False
+    module.forward = FusedFeedForward(module)
+    return True
