@@ -128,7 +128,7 @@ def profile_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [table(*_head(profile_text.split_rows(recipes)))]
     for name, facts in recipes.items():
         if facts.get("roofline"):
-            lines += ["", name, _left(*_head(profile_text.call_rows(facts)), columns=(0, 4))]
+            lines += ["", name, set_left(*_head(profile_text.call_rows(facts)), columns=(0, 4))]
     swaps = profile_text.swap_line(report)
     return [*lines, "", profile_text.run_line(report), *([] if swaps is None else [swaps])]
 

@@ -23,6 +23,7 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     setattr(root.get_submodule(parent) if parent else root, leaf, new)
 
 
+@torch.no_grad()
 def align(module: nn.Module) -> None:
     """Move parameters and buffers of a CPU that do not begin at a multiple of 64 bytes to memory that does.
 
@@ -43,18 +44,3 @@ def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:
 def module_bytes(*modules: nn.Module) -> int:
     """Bytes of all parameters and buffers of some modules, shared storage counted once."""
     return tensor_bytes(t for module in modules for t in (*module.parameters(), *module.buffers()))
-
-
-ALIGNMENT = 64  # bytes; what torch allocates on a CPU begins there, what is mapped from a file need not
-
-
-@torch.no_grad()
-def align(module: nn.Module) -> None:
-    """Move the parameters and buffers of a module on a CPU that begin at odd addresses, one after the other.
-
-    Products of a single row are summed in an order that depends on where the weight begins, so the same weights mapped from
-    two files differ in the last bit of what they give.
-    """
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
-            tensor.data = tensor.data.clone()
