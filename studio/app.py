@@ -7,13 +7,13 @@ from typing import Any
 
 import gradio as gr
 
-from studio import theme
+from studio import endpoints, theme
 from studio.components import controls as sidebar
 from studio.components import html, result, trial
 from studio.context import Studio
-from studio.jobs import explain
-from studio.pages import activations, compare, guidance, layers, profile, runs
-from studio.services import machine, models
+from studio.pages import activations, compare, getting, guidance, layers, profile, runs
+from studio.services import getting as fetching
+from studio.services import machine, models, sharing
 from studio.services.core import Core, InstalledCore
 
 TITLE = "TR-DQ Studio"
@@ -22,19 +22,21 @@ HEADER_EVERY = 3  # seconds
 # Keeps the value readable after a restart. It hides nothing: the page holds it, and the value is only a run's id.
 SAVED_KEY, SAVED_SECRET = "trdq-studio", "trdq-studio-last-run"
 TRIAL_KEY, TRIAL_SECRET = "trdq-studio-trial", "trdq-studio-last-trial"
+PLAN_KEY, PLAN_SECRET = "trdq-studio-plan", "trdq-studio-applied-plan"
 
 
-def build(core: Core | None = None) -> gr.Blocks:
-    """The page over a core; the installed one by default. Nothing heavy is loaded here."""
-    studio = Studio.over(core or InstalledCore())
+def build(core: Core | Studio | None = None) -> gr.Blocks:
+    """The page over a studio or a core; the installed core by default. Nothing heavy is loaded here."""
+    studio = core if isinstance(core, Studio) else Studio.over(core or InstalledCore())
     with gr.Blocks(
         title=TITLE, analytics_enabled=False, fill_width=True, delete_cache=(CACHE_CHECK, CACHE_AGE)
     ) as demo:
-        _publish(studio)
+        endpoints.publish(studio)
         saved = gr.BrowserState(None, storage_key=SAVED_KEY, secret=SAVED_SECRET)
         saved_trial = gr.BrowserState(None, storage_key=TRIAL_KEY, secret=TRIAL_SECRET)
         header = gr.HTML(header_now(studio), elem_id="header")
-        controls = sidebar.build(models.choices(studio.core))
+        offered = fetching.choices(studio.core) if studio.settings.downloads else None
+        controls = sidebar.build(models.choices(studio.core), offered, allow_hub=studio.settings.allow_hub)
         strip, problem = compare.build_strip()
         with gr.Tabs(selected="compare", elem_id="pages") as tabs:
             with gr.Tab("Compare", id="compare"):
@@ -55,8 +57,10 @@ def build(core: Core | None = None) -> gr.Blocks:
         layers.wire(studio, controls, layers_page, tabs, layers_tab, header, lambda: header_now(studio))
         profile.wire(studio, profile_page, profile_tab)
         runs.wire(studio, controls, runs_page, compare_page.result, tabs, runs_tab)
+        getting.wire(studio, controls, strip, problem)
         _wire_page(studio, demo, header, controls, compare_page)
         _restore_trial(studio, demo, guidance_page)
+        _keep_plan(demo, controls)
     demo.queue(max_size=64, default_concurrency_limit=8)
     return demo
 
@@ -118,23 +122,15 @@ def _restore_trial(studio: Studio, demo: gr.Blocks, page: guidance.GuidancePage)
     demo.load(restore, page.use.saved, page.use.trial.widgets(), show_progress="hidden", api_visibility="private")
 
 
-def _publish(studio: Studio) -> None:
-    """The named endpoints for scripts; everything else on the page is private."""
+def _keep_plan(demo: gr.Blocks, controls: sidebar.Controls) -> None:
+    """An applied plan outlives a reload: the browser keeps it, and what comes back is checked as any other input."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    saved = gr.BrowserState(None, storage_key=PLAN_KEY, secret=PLAN_SECRET)
+    controls.applied.change(sharing.kept, controls.applied, saved, **quiet)
+    demo.load(restored_plan, saved, [controls.applied, controls.share], **quiet)
 
-    def list_models() -> list[dict[str, Any]]:
-        """The models that this studio can quantize."""
-        return models.facts(studio.core)
 
-    def list_runs() -> list[dict[str, str]]:
-        """The stored runs, newest first."""
-        return [row._asdict() for row in studio.runs.rows()]
-
-    def plan(model: str, recipe: str, groups: int = 1) -> dict[str, Any]:
-        """What converting a model with a recipe such as "tr-dq-w4a8" would give."""
-        try:
-            return models.plan(studio.core, model, recipe, groups)
-        except Exception as error:
-            raise gr.Error(explain(error), print_exception=False) from error
-
-    for function in (list_models, list_runs, plan):
-        gr.api(function, api_name=function.__name__)
+def restored_plan(text: Any) -> tuple[Any, Any]:
+    """The applied plan that the browser kept, not yet ticked; nothing changes without one."""
+    applied = sharing.restored(text)
+    return (applied, sidebar.share_box(applied)) if applied is not None else (gr.skip(), gr.skip())

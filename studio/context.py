@@ -16,6 +16,14 @@ from studio.services.stored import StoredRuns
 
 
 @dataclass(frozen=True)
+class Settings:
+    """How the studio was started: whether it fetches models at all, and whether a visitor may type an id."""
+
+    downloads: bool = True
+    allow_hub: bool = False
+
+
+@dataclass(frozen=True)
 class Studio:
     """One studio; every visitor of it shares the worker."""
 
@@ -28,12 +36,13 @@ class Studio:
     scans: Scans
     recipes: SavedRecipes
     edits: Edits
+    settings: Settings = Settings()
 
     @classmethod
-    def over(cls, core: Core) -> Studio:
+    def over(cls, core: Core, settings: Settings = Settings()) -> Studio:
         """A studio over a core."""
         plans = Plans(core)
         return cls(
             core, Worker(), plans, StoredRuns(core), Statistics(core), Similarities(core), Scans(core), SavedRecipes(core),
-            Edits(plans),
+            Edits(plans), settings,
         )  # fmt: skip

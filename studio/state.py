@@ -12,6 +12,7 @@ from studio.services.stored import inside
 
 STAGES = ("load", "calibrate", "fit", "reference", "sample", "measure")
 ATTENTION_STAGES = ("load", "attention")
+DOWNLOAD_STAGES = ("download",)
 SCAN_STAGES = ("load", "calibrate", "reference", "fit", "measure")
 
 

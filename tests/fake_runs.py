@@ -49,6 +49,9 @@ class FakeRuns(SimpleNamespace):
         """The plan of two layers."""
         return PLAN
 
+    def preflight(self, model: str) -> None:
+        """A model of random weights, which is not looked at."""
+
     def run(self, spec: RunSpec, folder: Path, *, on_event: Callable[..., None], cancelled: Callable[[], bool]) -> Any:
         """Tell one stage and hand out the report, or raise."""
         self.specs.append(spec)
@@ -64,7 +67,10 @@ class Info(SimpleNamespace):
 
     def __init__(self, *values: Any) -> None:
         super().__init__(
-            **dict(zip(("name", "path", "kind", "description", "available", "reason"), values, strict=True))
+            **dict(zip(("name", "path", "kind", "description", "available", "reason"), values, strict=True)),
+            source="repository",
+            repo=None,
+            revision=None,
         )
 
     def _asdict(self) -> dict[str, Any]:

@@ -200,3 +200,13 @@ def test_attention_plans_by_budgets() -> None:
 def test_bad_budgets_are_refused_in_words(flags: tuple[str, ...], words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         spec_of("attention", *flags)
+
+
+def test_looking_into_a_layer_takes_a_recipe_and_no_prompts() -> None:
+    spec = spec_of(*"activations --recipe tr-dq-w4a8 --groups 4 --layer x --group 2 --calibration ab".split())
+    assert (spec.command, spec.recipes[0].time.count, spec.prompts) == ("calibrate", 4, ())
+
+
+def test_memory_is_passed_over_only_where_it_is_said() -> None:
+    assert not spec_of("compare").anyway
+    assert spec_of("compare", "--anyway").anyway

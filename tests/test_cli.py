@@ -23,6 +23,7 @@ from trdq_core.specs import RunSpec
 ROOT = Path(__file__).resolve().parents[1]
 COMMANDS = (
     "models", "plan", "calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity", "budget",
+    "download", "activations", "runs",
 )  # fmt: skip
 POCKET = ROOT / "assets" / "pocket-image" / "model_index.json"
 needs_pocket = pytest.mark.skipif(not POCKET.exists(), reason="the pocket model is not in assets/pocket-image")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from trdq_core import inspection, runs
+from trdq_core import inspection, listings, runs
 from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError, StorageError
 from trdq_core.presets import make_recipe, with_sharing
 from trdq_core.specs import RunSpec, SharingSpec
@@ -168,6 +168,19 @@ def test_inspection_shows_a_layer_before_and_after(tiny_folder: Path, data: Path
     with pytest.raises(CalibrationError, match="time group: got 7; this recipe has groups 0 to 1"):
         inspection.histograms(info.folder, str(tiny_folder), TR_DQ, layer, 7)
     assert math.isfinite(view.after_facts.sqnr_db)
+    fitted = make_recipe("tr-dq", groups=2, group_kind="dp")
+    (edge,) = inspection.group_edges(fitted, timeline.timesteps, info.folder)
+    assert timeline.timesteps[0] < edge < timeline.timesteps[-1], "cut where the ranges say"
+    found = inspection.look(str(tiny_folder), TR_DQ, layer=layer, group=1, calibration=info.fingerprint[:6])
+    assert found["before"] == view.before.tolist() and found["groups"] == ["0 to 500", "500 to 1000"]
+    assert json.loads(json.dumps(found))["after_facts"]["sqnr_db"] == view.after_facts.sqnr_db
+    assert "absmax over RMS" in listings.activations_text(found) and layer in listings.activations_text(found)
+    with pytest.raises(CalibrationError, match="there is no stored calibration nowhere; run the calibrate command"):
+        inspection.look(str(tiny_folder), TR_DQ, calibration="nowhere")
+    with pytest.raises(CalibrationError, match="layer: got 'x'; observed were"):
+        inspection.look(str(tiny_folder), TR_DQ, layer="x")
+    assert str(runs.list_runs()[0].folder) in listings.runs_text(runs.list_runs())
+    assert listings.runs_text([]) == "No runs yet."
 
 
 def test_a_comparison_survives_a_disk_that_cannot_store_its_calibration(

@@ -10,6 +10,14 @@ from typing import Any, NoReturn
 from trdq_core import __version__
 from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
+from trdq_core.model_flags import (
+    add_activations_command,
+    add_anyway,
+    add_download_command,
+    add_model_flags,
+    add_models_command,
+    add_runs_command,
+)
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.prompts import CALIBRATION_PROMPTS, FALLBACK_PROMPTS, stored_prompts
 from trdq_core.prompts import PROMPTS_FILE as PROMPTS_FILE
@@ -33,11 +41,15 @@ DEFAULT_RECIPES = {
     "attention": "",
     "evaluate": "rtn,tr-dq",
     "sensitivity": "",
+    "activations": "tr-dq-w4a8",
     "save": "tr-dq-w4a8",
 }
+WITHOUT_A_RUN = ("plan", "activations")  # commands that only look, so their RunSpec names no prompts
 DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "evaluate": 16, "sensitivity": 2, "save": 1}
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
-RUN_FIELDS = ("model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "push_to_hub", "trace")
+RUN_FIELDS = (
+    "model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub", "trace",
+)  # fmt: skip
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
 
@@ -56,8 +68,8 @@ def build_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"trdq {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
 
-    models = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)
-    _add_json(models)
+    for one in (add_models_command(commands), add_download_command(commands), add_runs_command(commands)):
+        _add_json(one)
     summary = "list the other tools that recipes can be compared with"
     _add_json(commands.add_parser("peers", help=summary, description=summary, argument_default=argparse.SUPPRESS))
 
@@ -82,6 +94,10 @@ def build_parser() -> Parser:
     _add_attention(commands)
     _add_sensitivity(commands)
     _add_budget(commands)
+    activations = add_activations_command(commands)
+    _add_model_and_recipes(activations, "activations")
+    _add_steps(activations)
+    _add_json(activations)
     _add_clean(commands)
     return parser
 
@@ -91,11 +107,7 @@ def _add_attention(commands: Any) -> None:
     one = commands.add_parser("attention", help=summary, description=summary, argument_default=argparse.SUPPRESS)
     add = one.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
-    )
+    add_model_flags(one, DEFAULT_MODEL)
     add_sharing_flags(one)
     _add_steps(one)
     _add_run(one, "attention")
@@ -107,7 +119,7 @@ def _add_sensitivity(commands: Any) -> None:
     one = commands.add_parser("sensitivity", help=summary, description=summary, argument_default=argparse.SUPPRESS)
     add = one.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add("--model", metavar="NAME", help=f"a name from the models command, or a folder (default {DEFAULT_MODEL})")
+    add_model_flags(one, DEFAULT_MODEL)
     add("--method", metavar="NAME", help="how each layer is quantized: a recipe's name without bits (default rtn)")
     add("--bits", metavar="A,B", help=f"bit-widths to try (default {','.join(SENSITIVITY_BITS)})")
     _add_steps(one)
@@ -145,11 +157,7 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
     names = f"{', '.join(METHODS)}, with bits such as {OFFERED_BITS[2].lower()}"
     add = parser.add_argument
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
-    add(
-        "--model",
-        metavar="NAME",
-        help=f"a name from the models command, or a diffusers folder (default {DEFAULT_MODEL})",
-    )
+    add_model_flags(parser, DEFAULT_MODEL)
     default = f" (default {DEFAULT_RECIPES[command]})" if DEFAULT_RECIPES[command] else ""
     add(
         "--recipes",
@@ -216,6 +224,7 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
+    add_anyway(parser)
     if command == "save":
         add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
         add("--push-to-hub", metavar="ID", help="upload it as OWNER/NAME afterwards")
@@ -234,7 +243,7 @@ def spec_from(given: Given) -> RunSpec:
     data: dict[str, Any] = {"model": DEFAULT_MODEL}
     if from_file:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
-    data["command"] = "calibrate" if command == "plan" else command
+    data["command"] = "calibrate" if command in WITHOUT_A_RUN else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
     if command == "save" and "out" in given:
         data["save_to"] = str(Path(given["out"]).absolute())
@@ -250,7 +259,7 @@ def spec_from(given: Given) -> RunSpec:
     elif asked := sorted({"groups", "group_kind", "edges", "storage"} & set(given)):
         flag = "--" + asked[0].replace("_", "-")
         raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
-    if command != "plan":
+    if command not in WITHOUT_A_RUN:
         data |= _prompt_fields(given, command, data["model"], from_file)
     return RunSpec.from_dict(data)
 

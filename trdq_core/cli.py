@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from trdq_core import terminal
+from trdq_core import listings, local_models, terminal
 from trdq_core.arguments import Given, build_parser, spec_from
 from trdq_core.errors import Cancelled, RecipeError, StorageError, TRDQError
 from trdq_core.presets import PEERS, missing
@@ -39,8 +39,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = vars(build_parser().parse_args(arguments))
     for name, value in QUIET_LIBRARIES.items():
         os.environ.setdefault(name, value)
-    handlers = {"models": _models, "peers": _peers, "plan": _plan, "budget": _budget, "clean": _clean}
+    handlers = {"models": _models, "peers": _peers, "download": _download, "plan": _plan, "budget": _budget}
+    handlers |= {"activations": _activations, "runs": _runs, "clean": _clean}
     try:
+        if "model_root" in given:
+            local_models.use_root(given["model_root"])
         handlers.get(given["command"], _run)(given)
         sys.stdout.flush()
     except (Cancelled, KeyboardInterrupt) as stopped:
@@ -84,14 +87,25 @@ def _models(given: Given) -> None:
     if given.get("json"):
         print(json.dumps([model._asdict() for model in found], indent=2, default=str))
     else:
-        print(terminal.models_text(found))
+        print(listings.models_text(found))
+
+
+def _download(given: Given) -> None:
+    from trdq_core import runs
+
+    with stop_on_signal() as cancelled, terminal.ProgressBar(quiet=given.get("quiet", False)) as bar:
+        found = runs.download(given["name"], on_event=bar, cancelled=cancelled)
+    if given.get("json"):
+        print(json.dumps(found._asdict(), indent=2, default=str))
+    else:
+        print(f"{found.repo} is here as {found.name}, revision {found.revision}, in {found.folder}")
 
 
 def _peers(given: Given) -> None:
     if given.get("json"):
         print(json.dumps([{**peer._asdict(), "missing": missing(peer)} for peer in PEERS.values()], indent=2))
     else:
-        print(terminal.peers_text((f"{PREFIX}{name}", missing(peer), peer.description) for name, peer in PEERS.items()))
+        print(listings.peers_text((f"{PREFIX}{name}", missing(peer), peer.description) for name, peer in PEERS.items()))
 
 
 def _plan(given: Given) -> None:
@@ -106,6 +120,28 @@ def _plan(given: Given) -> None:
         print(json.dumps(whole, indent=2, default=str))
     else:
         print("\n\n".join(terminal.plan_text(name, plan) for name, plan in plans.items()))
+        memory = runs.preflight(spec.model)
+        if memory is not None:
+            print(f"\n{memory.sentence()}")
+
+
+def _activations(given: Given) -> None:
+    spec = spec_from(given)
+    from trdq_core.inspection import look
+
+    wanted = {name: given[name] for name in ("layer", "group", "calibration") if name in given}
+    found = look(spec.model, spec.recipes[0], **wanted)
+    print(json.dumps(found, indent=2) if given.get("json") else listings.activations_text(found))
+
+
+def _runs(given: Given) -> None:
+    from trdq_core import runs
+
+    found = runs.list_runs()
+    if given.get("json"):
+        print(json.dumps([info._asdict() for info in found], indent=2, default=str))
+    else:
+        print(listings.runs_text(found))
 
 
 def _budget(given: Given) -> None:
@@ -134,7 +170,7 @@ def _clean(given: Given) -> None:
     if given.get("json"):
         print(json.dumps([one._asdict() for one in found], indent=2, default=str))
     else:
-        print(terminal.cleaned_text(found, dry_run=dry))
+        print(listings.cleaned_text(found, dry_run=dry))
 
 
 def _run(given: Given) -> None:

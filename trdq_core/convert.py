@@ -134,8 +134,7 @@ def convert(
     passes: ModelPasses = NO_PASSES,
     in_place: bool = False,
 ) -> Conversion:
-    """A quantized copy of `denoiser`; the original is untouched, unless `in_place`. Time groups follow its `argument` from
-    then on.
+    """A quantized copy of `denoiser`, itself untouched unless `in_place`; time groups follow its `argument` from then on.
 
     `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
     attention products. CalibrationError names the one that a recipe needs and does not find.

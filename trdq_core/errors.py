@@ -38,5 +38,9 @@ class StorageError(TRDQError, OSError):
     """A file could not be written or read: disk full, no permission, folder gone."""
 
 
+class MemoryShort(TRDQError, MemoryError):
+    """A model needs more memory than there is; said before it is loaded."""
+
+
 class Cancelled(TRDQError):
     """The person pressed Cancel; what was finished before is kept."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import os
 import re
 import secrets
 import time
@@ -15,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from trdq_core.cache import data_folder as data_folder
 from trdq_core.errors import CalibrationError, StorageError
 from trdq_core.events import Event, OnEvent, ignore
 from trdq_core.specs import RunSpec
@@ -45,13 +45,6 @@ class CalibrationInfo(NamedTuple):
     created: str
     seconds: float
     folder: Path
-
-
-def data_folder() -> Path:
-    """Where runs, calibrations and switched sets live: TRDQ_DATA_DIR, else `trdq-studio` in the user's cache folder."""
-    base = os.environ.get("TRDQ_DATA_DIR")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(base) if base else cache / "trdq-studio"
 
 
 def new_run_folder(command: str) -> Path:

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -14,14 +14,15 @@ from torch import Tensor
 from trdq_core.convert import set_steps
 from trdq_core.errors import CalibrationError
 from trdq_core.fitting import FittedInput, fit_input
+from trdq_core.folders import list_calibrations
 from trdq_core.metrics import sqnr_db
-from trdq_core.models import load_model
+from trdq_core.models import listed_name, load_model
 from trdq_core.nn.input_grid import InputGrid, range_of
 from trdq_core.numerics.affine import choose_qparams, fake_quantize
 from trdq_core.plan import LayerInfo, group_inputs
 from trdq_core.specs import LayerRule, QuantSpec, Recipe
 from trdq_core.statistics import Statistics
-from trdq_core.timegroups import make_groups
+from trdq_core.timegroups import TimeGroups, make_groups
 
 BINS = 101
 RANGE_RATIOS = tuple(1 - 0.02 * i for i in range(49))
@@ -88,14 +89,18 @@ def channel_timeline(calibration: Path, layer: str) -> Timeline:
     return Timeline(np.asarray(statistics.timesteps)[order], absmax[order])
 
 
-def group_edges(recipe: Recipe, timesteps: Sequence[float]) -> list[float]:
-    """The rising inner edges of a recipe's time groups."""
-    return list(make_groups(recipe.time, timesteps).edges)
+def group_edges(recipe: Recipe, timesteps: Sequence[float], calibration: Path | None = None) -> list[float]:
+    """The rising inner edges of a recipe's time groups; those fitted to ranges need the calibration."""
+    return list(_groups(recipe, timesteps, calibration).edges)
 
 
-def group_labels(recipe: Recipe, timesteps: Sequence[float]) -> list[str]:
-    """The time groups in words, group 0 the smallest timesteps."""
-    return make_groups(recipe.time, timesteps).labels()
+def group_labels(recipe: Recipe, timesteps: Sequence[float], calibration: Path | None = None) -> list[str]:
+    """The time groups in words, group 0 the smallest timesteps; those fitted to ranges need the calibration."""
+    return _groups(recipe, timesteps, calibration).labels()
+
+
+def _groups(recipe: Recipe, timesteps: Sequence[float], calibration: Path | None) -> TimeGroups:
+    return make_groups(recipe.time, timesteps) if calibration is None else _statistics(calibration).groups(recipe.time)
 
 
 def histograms(calibration: Path, model: str, recipe: Recipe, layer: str, group: int) -> LayerHistograms:
@@ -126,6 +131,37 @@ def histograms(calibration: Path, model: str, recipe: Recipe, layer: str, group:
         fitted.kept,
         _note(fitted),
     )
+
+
+def look(
+    model: str, recipe: Recipe, *, layer: str | None = None, group: int = 0, calibration: str | None = None
+) -> dict[str, Any]:
+    """What the Activations page draws, as JSON values: one input before and after its transform, and its channels over time.
+
+    `layer` is one of `layers`, by default the first; `calibration` is a fingerprint or the start of one, by default of the
+    model's newest. CalibrationError says what is missing.
+    """
+    stored = list_calibrations(listed_name(model))
+    found = [info for info in stored if info.fingerprint.startswith(calibration or "")]
+    if not found:
+        which = f" {calibration}" if calibration else ""
+        raise CalibrationError(
+            f"model {model}: there is no stored calibration{which}; run the calibrate command first."
+        )
+    folder = found[0].folder
+    names = layers(folder)
+    chosen = layer or names[0]
+    if chosen not in names:
+        raise CalibrationError(f"layer: got {chosen!r}; observed were {', '.join(names)}.")
+    timeline = channel_timeline(folder, chosen)
+    seen = histograms(folder, model, recipe, chosen, group)
+    return {
+        "model": model, "recipe": recipe.name, "calibration": found[0].fingerprint, "layer": chosen, "group": group,
+        "groups": group_labels(recipe, timeline.timesteps, folder), "layers": names, "rows": seen.rows, "kept": seen.kept,
+        "note": seen.note, "edges": seen.edges.tolist(), "before": seen.before.tolist(), "after": seen.after.tolist(),
+        "before_facts": seen.before_facts._asdict(), "after_facts": seen.after_facts._asdict(),
+        "timesteps": timeline.timesteps.tolist(), "channel_absmax": timeline.absmax.tolist(),
+    }  # fmt: skip
 
 
 @lru_cache(maxsize=64)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from trdq_core import local_models
 from trdq_core.errors import ModelError
+from trdq_core.hub import store
+from trdq_core.hub.known import KNOWN_MODELS
 
 if TYPE_CHECKING:
+    from trdq_core.memory import Device, Preflight
     from trdq_core.plan import LayerInfo
     from trdq_core.sampling import SampledModel
 
@@ -24,10 +27,18 @@ class ModelInfo(NamedTuple):
     description: str
     available: bool
     reason: str
+    source: str = "repository"  # "folder" under --model-root, or "hub"
+    repo: str | None = None
+    revision: str | None = None  # the commit that is here or would be fetched; None: recorded when it is downloaded
 
 
 def models() -> list[ModelInfo]:
-    """The models that can be picked."""
+    """The models that can be picked: those of the repository, folders under --model-root, those of the hub. No network."""
+    found = [*_of_the_repository(), *_of_the_root(), *_of_the_hub()]
+    return list({info.name: info for info in reversed(found)}.values())[::-1]  # of two with one name the first counts
+
+
+def _of_the_repository() -> list[ModelInfo]:
     return [
         _embedded("pocket-image", "image", "PixArt-Sigma of 10 M parameters, trained on 3D emoji, 128 pixels."),
         _embedded("pocket-video", "video", "Latte of 15 M parameters, trained on moving 3D emoji, 16 frames, 64 pixels."),
@@ -61,31 +72,82 @@ def kind_of(name: str) -> str:
     listed = next((info.kind for info in models() if info.name == name), None)
     if listed is not None:
         return listed
-    try:
-        index = json.loads((Path(name) / "model_index.json").read_text(encoding="utf-8"))
-        transformer = str(index["transformer"][1])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return "image"
-    return "video" if transformer.endswith("Transformer3DModel") else "image"
+    return local_models.kind_of_folder(Path(name))
+
+
+def _of_the_root() -> list[ModelInfo]:
+    """Folders under --model-root, by their own names."""
+    return [
+        ModelInfo(one.name, one.folder, one.kind, one.description, not one.reason, one.reason, "folder")
+        for one in local_models.under_root()
+    ]
+
+
+def _of_the_hub() -> list[ModelInfo]:
+    """The closed list, and whatever else was downloaded."""
+    here = {one.repo: one for one in store.downloaded()}
+    found = []
+    for model in KNOWN_MODELS:
+        one = here.pop(model.repo, None)
+        reason = "" if one else f"not on this machine; fetch it with: download {model.name}"
+        folder = store.folder_of(model.repo) if one else None
+        revision = one.revision if one else model.revision
+        found.append(
+            ModelInfo(model.name, folder, model.kind, model.description, bool(one), reason, "hub", model.repo, revision)
+        )
+    for one in here.values():
+        kind, said = local_models.kind_of_folder(one.folder), f"{one.repo} of the hub."
+        found.append(ModelInfo(one.name, one.folder, kind, said, True, "", "hub", one.repo, one.revision))
+    return found
+
+
+def listed_name(name: str) -> str:
+    """What a model is called in lists and stored statistics: its name, that of a hub id, or a folder's own."""
+    by_repo = {info.repo: info.name for info in models() if info.repo}
+    return by_repo.get(name, Path(name).name)
 
 
 def find_folder(name: str) -> Path | None:
     """The folder of the model `name`, None for the one with random weights; ModelError if there is no such model."""
     known = {info.name: info for info in models()}
+    known |= {info.repo: info for info in known.values() if info.repo}
     info = known.get(name)
     if info is None and not Path(name).exists():
-        raise ModelError(f"model: got {name!r}; known models are {', '.join(known)}, or give a diffusers folder.")
+        names = ", ".join(key for key, one in known.items() if key == one.name)
+        raise ModelError(f"model: got {name!r}; known models are {names}, or give a diffusers folder.")
     if info is not None and not info.available:
         raise ModelError(f"model {name}: not available, {info.reason}.")
     return info.path if info is not None else Path(name)
 
 
-def load_model(name: str) -> SampledModel:
-    """The model called `name`, or in the diffusers folder `name` (command line only); ModelError says what is wrong."""
+def memory_of(name: str, device: Device | None = None) -> Preflight | None:
+    """What a model needs in memory and what there is, before it is loaded; None for the one with random weights.
+
+    `device` is where it would run; by default a GPU if torch sees one.
+    """
     folder = find_folder(name)
+    from trdq_core.memory import preflight
+
+    if device is None:
+        import torch
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return preflight(name, folder, device)
+
+
+def load_model(name: str, *, anyway: bool = True) -> SampledModel:
+    """The model called `name`, or in the diffusers folder `name` (command line only); ModelError says what is wrong.
+
+    Unless `anyway`, MemoryShort where it needs more memory than there is.
+    """
+    folder = find_folder(name)
+    if not anyway:
+        from trdq_core.memory import check_memory
+
+        check_memory(memory_of(name))
     from trdq_core.adapters import load_adapter  # diffusers takes seconds to import; listing models must not wait
 
-    return load_adapter(name, folder)
+    return load_adapter(listed_name(name), folder)
 
 
 def layers_of_model(name: str) -> tuple[LayerInfo, ...]:

@@ -19,15 +19,25 @@ from trdq_core.folders import (
     new_run_folder,
     read_calibration,
 )
-from trdq_core.models import ModelInfo, find_folder, layers_of_model, models, notes_of_model
+from trdq_core.models import (
+    ModelInfo,
+    find_folder,
+    layers_of_model,
+    listed_name,
+    memory_of,
+    models,
+    notes_of_model,
+)
 from trdq_core.specs import Recipe, RunSpec
 
 if TYPE_CHECKING:
+    from trdq_core.hub.store import Downloaded
+    from trdq_core.memory import Device, Preflight
     from trdq_core.plan import Plan
 
 __all__ = [
-    "CalibrationInfo", "Event", "ModelInfo", "OnEvent", "RunInfo", "data_folder", "find_calibration",
-    "list_calibrations", "list_runs", "models", "new_run_folder", "plan", "run",
+    "CalibrationInfo", "Event", "ModelInfo", "OnEvent", "RunInfo", "data_folder", "download", "find_calibration",
+    "list_calibrations", "list_runs", "models", "new_run_folder", "plan", "preflight", "run",
 ]  # fmt: skip
 
 
@@ -45,12 +55,33 @@ def plan(model: str, recipe: Recipe, *, backend: str | None = None, steps: int =
     return made._replace(notes=(*made.notes, *notes_of_model(model))) if recipe.quantized else made
 
 
+def preflight(model: str, device: Device | None = None) -> Preflight | None:
+    """What a model needs in memory and what there is, from file headers; None for the one with random weights."""
+    return memory_of(model, device)
+
+
+def download(
+    name: str,
+    *,
+    on_event: OnEvent | None = None,
+    cancelled: Callable[[], bool] | None = None,
+    anonymous: bool = False,
+) -> Downloaded:
+    """Fetch a model of the hub by its name in the list of models, or by its id; it can then be picked as any other.
+
+    `anonymous` leaves this machine's token out. Raises TRDQError with one plain sentence; Cancelled keeps whole files.
+    """
+    from trdq_core.hub.download import download as fetch
+
+    return fetch(name, on_event=on_event or ignore, cancelled=cancelled, anonymous=anonymous)
+
+
 def find_calibration(spec: RunSpec) -> CalibrationInfo | None:
     """The stored statistics that `spec` would reuse: same model, prompts, steps, guidance and seed. None if there are none.
 
     The run itself compares fingerprints, weights included; this look-up only reads descriptions.
     """
-    for info in list_calibrations(Path(spec.model).name):  # a folder's calibrations go by its last part
+    for info in list_calibrations(listed_name(spec.model)):  # a folder's calibrations go by its last part
         about = json.loads((info.folder / "statistics.json").read_text())
         same = (info.steps, info.guidance, info.seed) == (spec.steps, spec.guidance, spec.seed)
         if same and tuple(about["prompts"]) == spec.calibration_prompts:

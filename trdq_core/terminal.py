@@ -83,10 +83,10 @@ def plan_text(name: str, plan: Any) -> str:
         f"resident {size(plan.resident_bytes)}, on disk {size(plan.disk_bytes)}",
         *(f"note: {note}" for note in plan.notes),
     ]
-    return "\n".join([_left(header, rows, columns=(0, 1, 2, 3, 7, 8)), "", *totals])
+    return "\n".join([set_left(header, rows, columns=(0, 1, 2, 3, 7, 8)), "", *totals])
 
 
-def _left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequence[int]) -> str:
+def set_left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequence[int]) -> str:
     """A table with the given columns set left: they are padded before `table` sees them."""
     cells = [list(header), *(list(row) for row in rows)]
     for i in columns:
@@ -94,27 +94,6 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]], *, columns: Sequ
         for row in cells:
             row[i] = row[i].ljust(width)
     return table(cells[0], cells[1:])
-
-
-def models_text(models: Iterable[Any]) -> str:
-    """The table of models: which are at hand, and why one is not."""
-    rows = [(m.name, m.kind, "yes" if m.available else f"no: {m.reason}", str(m.path), m.description) for m in models]
-    return _left(("model", "kind", "at hand", "folder", "what it is"), rows, columns=range(5))
-
-
-def cleaned_text(found: Sequence[Any], *, dry_run: bool) -> str:
-    """What was removed from the data folder, or would be."""
-    if not found:
-        return "Nothing is that old."
-    rows = [(one.path.parent.name, one.path.name, f"{one.days:.0f}", size(one.nbytes)) for one in found]
-    total, word = size(sum(one.nbytes for one in found)), "would be removed" if dry_run else "removed"
-    return table(("kind", "name", "days", "bytes"), rows, left=2) + f"\n\n{total} {word}."
-
-
-def peers_text(peers: Iterable[tuple[str, str | None, str]]) -> str:
-    """The table of other tools: name, what is missing of each, what it is."""
-    rows = [(name, "yes" if missing is None else f"no: {missing}", words) for name, missing, words in peers]
-    return _left(("peer", "at hand", "what it is"), rows, columns=range(3))
 
 
 def report_text(report: Mapping[str, Any]) -> str:
@@ -149,7 +128,7 @@ def profile_lines(report: Mapping[str, Any]) -> list[str]:
     lines = [table(*profile_text.split_rows(recipes))]
     for name, facts in recipes.items():
         if facts.get("roofline"):
-            lines += ["", name, _left(*profile_text.call_rows(facts), columns=(0, 4))]
+            lines += ["", name, set_left(*profile_text.call_rows(facts), columns=(0, 4))]
     swaps = profile_text.swap_line(report)
     return [*lines, "", profile_text.run_line(report), *([] if swaps is None else [swaps])]
 

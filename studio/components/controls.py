@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from studio.components import getting
 from studio.components import methods as lines
 from studio.services import form as forms
 from studio.services import methods, prompts, sharing
@@ -44,6 +45,7 @@ class Controls:
     calibrate: gr.Button
     compare: gr.Button
     cancel: gr.Button
+    getting: getting.GetModel | None = None  # not there where models are not fetched
 
     def inputs(self) -> list[Any]:
         """The widgets whose values make a `Form`, in its order."""
@@ -55,10 +57,15 @@ class Controls:
         return [getattr(self, name) for name in Form.names() if name not in left_out]
 
 
-def build(models: list[tuple[str, str]]) -> Controls:
-    """The sidebar with its widgets; `models` are (label, name)."""
+def build(
+    models: list[tuple[str, str]], offered: list[tuple[str, str]] | None = None, *, allow_hub: bool = False
+) -> Controls:
+    """The sidebar with its widgets; `models` are (label, name), `offered` those that can be fetched, None where none are."""
     with gr.Sidebar(width=340, elem_id="controls"):
-        made = _subject(models) | _quantization() | _sampling() | _buttons()
+        made = _subject(models)
+        if offered is not None:
+            made["getting"] = getting.build(offered, allow_hub)
+        made |= _quantization() | _sampling() | _buttons()
     controls = Controls(**made)
     controls.random_seed.click(
         forms.random_seed, outputs=controls.seed, queue=False, show_progress="hidden", api_visibility="private"
@@ -166,9 +173,9 @@ def of_model(controls: Controls, model: str, kind: str, prompt: Any) -> dict[Any
     """The updates that a newly chosen model asks for: its own prompts, and none where random weights draw nothing."""
     drawn = kind != "speed"
     return {
-        controls.prompt: gr.Textbox(prompts.kept(model, str(prompt or "")), visible=drawn),
-        controls.examples: gr.Dataset(samples=[[text] for text in prompts.examples(model)], visible=drawn),
-        controls.extra_prompts: gr.Slider(visible=drawn),
+        controls.prompt: gr.update(value=prompts.kept(model, str(prompt or "")), visible=drawn),
+        controls.examples: gr.update(samples=[[text] for text in prompts.examples(model)], visible=drawn),
+        controls.extra_prompts: gr.update(visible=drawn),
     }
 
 
@@ -206,7 +213,7 @@ def _line(text: str) -> str:
 def _group_widgets(kind: str, groups: float) -> tuple[Any, Any, str]:
     """Which of the group widgets apply to a kind of groups."""
     return (
-        gr.update(visible=kind == "uniform"),
+        gr.update(visible=kind in ("uniform", "dp")),
         gr.update(visible=kind == "edges"),
         _line(forms.group_span(kind, groups)),
     )

@@ -12,10 +12,12 @@ import gradio as gr
 
 from studio import plots
 from studio.components import html, words
+from studio.components.command import command_box, shown
 from studio.components.controls import Controls
 from studio.context import Studio
 from studio.jobs import FINISHED, explain
 from studio.pages.shared import session_of
+from studio.services import commands
 from studio.services.form import Form, chosen_recipe
 from studio.services.parts import PART_CHOICES, SPATIAL, parts_of
 from studio.services.statistics import LayerView
@@ -40,6 +42,7 @@ class ActivationsPage:
     histogram: gr.Plot
     facts: gr.HTML
     timeline: gr.Plot
+    command: gr.Code
 
 
 def build() -> ActivationsPage:
@@ -60,7 +63,8 @@ def build() -> ActivationsPage:
     histogram = gr.Plot(plots.empty(HISTOGRAM_EMPTY, 380), show_label=False, elem_id="histogram")
     facts = gr.HTML(elem_id="facts")
     timeline = gr.Plot(plots.empty(TIMELINE_EMPTY, 420), show_label=False, elem_id="timeline")
-    return ActivationsPage(empty, calibration, part, layer, group, log_y, note, histogram, facts, timeline)
+    command = command_box(elem_id="activations-command")
+    return ActivationsPage(empty, calibration, part, layer, group, log_y, note, histogram, facts, timeline, command)
 
 
 def wire(studio: Studio, controls: Controls, page: ActivationsPage, tab: gr.Tab) -> None:
@@ -69,7 +73,7 @@ def wire(studio: Studio, controls: Controls, page: ActivationsPage, tab: gr.Tab)
     inputs = [page.calibration, page.part, page.layer, page.group, page.log_y, *controls.inputs()]
     outputs = [
         page.empty, page.calibration, page.part, page.layer, page.group, page.note, page.histogram, page.facts,
-        page.timeline,
+        page.timeline, page.command,
     ]  # fmt: skip
     shared: dict[str, Any] = {
         "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 8,
@@ -104,7 +108,9 @@ class _Handlers:
             labels = self.studio.statistics.group_labels(info, layer, recipe)
             index = group if isinstance(group, int) and 0 <= group < len(labels) else 0
             chosen = self._layers(layers, part, layer) | self._choices(form, info, labels, index)
-            yield chosen | self._timeline(info, layer, recipe)
+            files = self.studio.recipes.files()
+            line = commands.activations(str(form.model), recipe, files, info.fingerprint, layer, index)
+            yield chosen | self._timeline(info, layer, recipe) | {page.command: shown(line)}
             yield from self._histogram(info, recipe, layer, index, labels[index], bool(log_y), request)
         except Exception as error:
             yield {page.note: html.notice(explain(error))}
@@ -130,6 +136,7 @@ class _Handlers:
             page.histogram: plots.empty(HISTOGRAM_EMPTY, 380),
             page.facts: "",
             page.timeline: plots.empty(TIMELINE_EMPTY, 420),
+            page.command: shown(""),
         }
 
     def _layers(self, layers: dict[str, list[str]], part: str, layer: str) -> Updates:

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from studio.components import html, similarity
+from studio.components.command import command_box, shown
 from studio.components.controls import Controls
 from studio.context import Studio
 from studio.jobs import explain
@@ -18,6 +19,7 @@ from studio.services import models
 from studio.services import sharing as runs
 from studio.services.form import Form
 from studio.services.similarity import Choice, SimilarityView, check_measure, slider_range
+from studio.services.stored import command_line
 from studio.state import ATTENTION_STAGES, LiveRun, Progress
 
 Updates = dict[Any, Any]
@@ -42,6 +44,7 @@ class GuidancePage:
     note: gr.HTML
     similar: similarity.Similar
     use: sharing.SharingPart
+    command: gr.Code
 
 
 def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> GuidancePage:
@@ -59,9 +62,9 @@ def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> GuidanceP
         )
     empty, note = gr.HTML(elem_id="guidance-empty"), gr.HTML(elem_id="guidance-note")
     similar = similarity.build()
-    return GuidancePage(
-        strip, problem, count, measure, cancel, empty, stored, note, similar, sharing.build(strip, problem, saved)
-    )
+    command = command_box(label="The command that repeats this measurement", elem_id="measure-command")
+    used = sharing.build(strip, problem, saved)
+    return GuidancePage(strip, problem, count, measure, cancel, empty, stored, note, similar, used, command)
 
 
 def wire(
@@ -74,7 +77,7 @@ def wire(
     quiet: dict[str, Any] = {
         "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 4,
     }  # fmt: skip
-    everything = [page.stored, page.empty, page.note, page.use.box, *similar.widgets()]
+    everything = [page.stored, page.empty, page.note, page.use.box, page.command, *similar.widgets()]
     for trigger in (tab.select, controls.model.change):
         trigger(handlers.show, [controls.model, *chosen], everything, **quiet)
     for trigger in (page.stored.input, similar.measure.input):
@@ -189,7 +192,9 @@ class _Handlers:
             view, choice, plan = self.studio.similarities.asked(run_id, choice)
         except Exception as error:
             return {page.note: html.notice(explain(error)), page.empty: ""}
+        run = self.studio.runs.open(view.id)
         return {
+            page.command: shown(command_line(run) if run else ""),
             page.empty: "", page.note: self._note(view), page.use.box: gr.Column(visible=True),
             **similarity.opened(page.similar, view, choice, fresh=fresh),
             **similarity.planned(page.similar, view, choice, plan),
@@ -211,4 +216,5 @@ class _Handlers:
             page.stored: gr.Dropdown(choices=[], value=None, visible=False),
             page.empty: html.empty_state(f"No measurement of {model} yet", said),
             page.note: "", page.use.box: gr.Column(visible=False), page.similar.box: gr.Column(visible=False),
+            page.command: shown(""),
         }  # fmt: skip

@@ -29,7 +29,7 @@ from trdq_core.specs import (
 )
 
 DEFAULT_MODEL = "pocket-image"
-GROUP_KIND_CHOICES = [("Uniform", "uniform"), ("Edges", "edges"), ("Per step", "per_step")]
+GROUP_KIND_CHOICES = [("Uniform", "uniform"), ("Edges", "edges"), ("Fitted", "dp"), ("Per step", "per_step")]
 STORAGE_CHOICES = [(mode.capitalize(), mode) for mode in STORAGE_MODES]
 BITS_CHOICES = sorted(WEIGHT_BITS)
 ACTIVATION_BITS_CHOICES = sorted(ACTIVATION_BITS)
@@ -142,6 +142,8 @@ def group_span(kind: Any, groups: Any) -> str:
         return "One group around each timestep that the calibration saw: the most exact, and the largest."
     if kind == "edges":
         return f"Groups between these timesteps of 0 to {TIME_SPAN:.0f}; k edges make k + 1 groups."
+    if kind == "dp":
+        return "Groups of timesteps whose channel ranges are alike, cut where the calibration says so (dynamic programming)."
     return "Equal spans of the model's timesteps, each with its own transform."
 
 
@@ -220,7 +222,7 @@ def _recipe(form: Form, method: str) -> Recipe:
         raise RecipeError(f"storage: got {form.storage!r}; allowed are {', '.join(STORAGE_MODES)}.")
     edges = parse_edges(form.edges) if kind == "edges" else ()
     groups = len(edges) + 1 if kind == "edges" else 1
-    if kind == "uniform":
+    if kind in ("uniform", "dp"):
         groups = whole("groups", form.groups, 1, 1000)
     return make_recipe(
         method,

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from studio.services.core import Core
+from trdq_core import local_models
 from trdq_core.errors import ModelError, RecipeError, TRDQError
 from trdq_core.presets import parse_recipe
 
@@ -20,6 +21,15 @@ def choices(core: Core) -> list[tuple[str, str]]:
     except (TRDQError, ImportError) as error:
         log.warning("No models could be listed: %s", error)
         return []
+
+
+def use_root(folder: str) -> str:
+    """List the diffusers folders in `folder`, too; the sentence to show where it is none, else empty."""
+    try:
+        local_models.use_root(folder)
+    except ModelError as error:
+        return str(error)
+    return ""
 
 
 def check(core: Core, name: str) -> Any:
@@ -43,16 +53,41 @@ def line(core: Core, name: str | None) -> str:
     """One line on the chosen model, or why none can be chosen."""
     known = core.runs.models()
     chosen = next((info for info in known if info.name == name), None)
-    reasons = "; ".join(f"{info.name}: {info.reason}" for info in known if not info.available)
-    text = chosen.description if chosen is not None and chosen.available else ""
+    absent = [
+        info for info in known if not info.available and info.source != "hub"
+    ]  # the hub's have a list of their own
+    reasons = "; ".join(f"{info.name}: {info.reason}" for info in absent)
+    usable = chosen is not None and chosen.available
+    text = f"{chosen.description}{_of_the_hub(chosen)}" if usable else ""
     if reasons:
         text = f"{text} Not available: {reasons}."
-    return f'<p class="tr-small">{escape(text.strip())}</p>'
+    return f'<p class="tr-small">{escape(text.strip())}</p>' + (memory(core, chosen.name) if usable else "")
+
+
+def memory(core: Core, name: str) -> str:
+    """What a listed model needs in memory and what is free, before it is loaded; a warning where it does not fit."""
+    try:
+        found = core.runs.preflight(name, "cuda" if core.gpu_name() else "cpu")
+    except TRDQError as error:
+        return html_line(str(error), "tr-notice warning")
+    if found is None:
+        return ""
+    said = found.sentence()
+    return html_line(said[0].upper() + said[1:], "tr-small" if found.fits else "tr-notice warning")
+
+
+def html_line(text: str, kind: str) -> str:
+    """One line of text, escaped."""
+    return f'<p class="{kind}">{escape(text)}</p>'
+
+
+def _of_the_hub(info: Any) -> str:
+    return f" {info.repo}, revision {str(info.revision)[:8]}." if info.source == "hub" else ""
 
 
 def facts(core: Core) -> list[dict[str, Any]]:
     """Names and descriptions; no paths."""
-    names = ("name", "kind", "description", "available", "reason")
+    names = ("name", "kind", "description", "available", "reason", "source", "repo", "revision")
     return [{name: getattr(info, name) for name in names} for info in core.runs.models()]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import shlex
 import tempfile
 from collections.abc import Mapping
@@ -13,12 +14,13 @@ from typing import Any
 from studio.services import commands, prompts
 from studio.services.form import AppliedPlan, Form, chosen_recipe, compare_spec, run_spec, shared, whole
 from studio.services.stored import StoredRun
-from trdq_core.errors import RecipeError, StorageError
+from trdq_core.errors import RecipeError, StorageError, TRDQError
 from trdq_core.presets import make_recipe
 from trdq_core.specs import RunSpec, SharingSpec, check_prompt
 
 DEFAULT_PROMPTS, MOST_PROMPTS = 4, 32
 SUFFIX = "+sharing"
+MOST_KEPT = 1_000_000  # characters of a plan that a browser may hand back
 BASE_CHOICES = [("Full precision", "fp"), ("Chosen method", "chosen")]
 
 
@@ -97,3 +99,21 @@ def compare_command(form: Form, files: Mapping[str, Path] | None = None) -> str:
     `files` are those of saved recipes by name.
     """
     return commands.compare(compare_spec(form), files or {}) + " --sharing plan.json"
+
+
+def kept(applied: Any) -> str | None:
+    """An applied plan as the text that the browser keeps over a reload; None where none is applied."""
+    if not isinstance(applied, AppliedPlan):
+        return None
+    return json.dumps({"model": applied.model, "plan": applied.plan.to_dict()})
+
+
+def restored(text: Any) -> AppliedPlan | None:
+    """The plan that the browser kept; None for nothing and for whatever is no plan: the text has been out of our hands."""
+    if not isinstance(text, str) or len(text) > MOST_KEPT:
+        return None
+    try:
+        about = json.loads(text)
+        return AppliedPlan(str(about["model"])[:200], SharingSpec.from_dict(about["plan"]))
+    except (ValueError, KeyError, TypeError, AttributeError, TRDQError):
+        return None

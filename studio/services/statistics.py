@@ -56,12 +56,13 @@ class Statistics:
     def group_labels(self, info: Any, layer: str, recipe: Recipe) -> list[str]:
         """One label for each timestep group of the recipe."""
         timeline = self.core.inspection.channel_timeline(Path(info.folder), layer)
-        return list(self.core.inspection.group_labels(recipe, timeline.timesteps))
+        return list(self.core.inspection.group_labels(recipe, timeline.timesteps, Path(info.folder)))
 
     def timeline(self, info: Any, layer: str, recipe: Recipe) -> TimelineView:
         """The channel absmax of a layer over the timesteps."""
         timeline = self.core.inspection.channel_timeline(Path(info.folder), layer)
-        return TimelineView(layer, timeline, list(self.core.inspection.group_edges(recipe, timeline.timesteps)))
+        edges = self.core.inspection.group_edges(recipe, timeline.timesteps, Path(info.folder))
+        return TimelineView(layer, timeline, list(edges))
 
     def histograms(self, info: Any, recipe: Recipe, layer: str, group: int, label: str) -> LayerView:
         """The values of a layer's input in one group, before and after the recipe's transform."""

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from PIL import Image
 
-from studio.services import pictures
+from studio.services import commands, pictures
 from studio.services.core import Core
 from trdq_core.errors import StorageError, TRDQError
 from trdq_core.specs import RunSpec
@@ -151,7 +151,8 @@ def archive(run: StoredRun) -> Path:
 def command_line(run: StoredRun) -> str:
     """The command that repeats the run exactly, from the settings stored in its folder."""
     command = run.spec.command if run.spec else "compare"
-    return f"python -m trdq_core {command} --spec {shlex.quote(str(run.folder / 'spec.json'))}"
+    root = commands.root_flag(run.spec.model) if run.spec else ""
+    return f"python -m trdq_core {command} --spec {shlex.quote(str(run.folder / 'spec.json'))}{root}"
 
 
 def psnr_text(facts: dict[str, Any]) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from studio.jobs import Event, Work
-from studio.services import models
+from studio.jobs import Event, Job, Work, Worker
+from studio.services import gpu, models
 from studio.services.core import Core
+from studio.services.form import Form, run_spec
 from trdq_core.specs import RunSpec
 
 
@@ -20,7 +21,10 @@ def run_work(core: Core, spec: RunSpec) -> Work:
     def work(on_event: Callable[[Event], None], cancelled: Callable[[], bool]) -> Path:
         folder = Path(core.runs.new_run_folder(spec.command))
         on_event({"kind": "folder", "folder": str(folder)})
-        core.runs.run(spec, folder, on_event=on_event, cancelled=cancelled)
+        if gpu.lent():
+            gpu.run(spec, folder, on_event, cancelled)
+        else:
+            core.runs.run(spec, folder, on_event=on_event, cancelled=cancelled)
         return folder
 
     return work
@@ -33,3 +37,15 @@ def call_work(function: Callable[[], Any]) -> Work:
         return function()
 
     return work
+
+
+def prepare(core: Core, worker: Worker) -> Job | None:
+    """Calibrate the pocket model as the page opens with, so that the first visitor need not wait; None where that is done.
+
+    Its statistics are a quarter of a gigabyte, too much to ship. A GPU that is lent by the call is not asked for this.
+    """
+    spec = run_spec(Form(), "calibrate", (), ())
+    known = {info.name for info in core.runs.models() if info.available}
+    if gpu.lent() or spec.model not in known or core.runs.find_calibration(spec) is not None:
+        return None
+    return worker.submit("preparation", f"first calibration of {spec.model}", run_work(core, spec))

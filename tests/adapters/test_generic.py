@@ -19,15 +19,18 @@ from tests.adapters.tiny_families import FAMILIES, build, embeddings_of
 from tests.adapters.unseen import unseen_embeddings, unseen_pipeline
 from trdq_core import branches
 from trdq_core.adapters import layers_of, load_adapter
+from trdq_core.adapters.families import time_by_name
 from trdq_core.adapters.generic import TransformerModel
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.placement import notes_on
+from trdq_core.adapters.quantizer import TRDQConfig
 from trdq_core.errors import ModelError, RecipeError
 from trdq_core.presets import parse_recipe
 from trdq_core.runs import plan, run
 from trdq_core.sampling import sample, sample_batch
 from trdq_core.similarity import measure_similarity
 from trdq_core.specs import RunSpec
+from trdq_core.timegroups import TimeArgument
 
 PROMPT = "red apple"
 
@@ -214,6 +217,22 @@ def test_the_encoder_shows_its_stages(name: str) -> None:
     pictures = np.random.default_rng(0).integers(0, 255, (2, 64, 64, 3), dtype=np.uint8)
     features = tiny_model(name).encoder_features(pictures)
     assert len(features) == 5 and all(len(one) == 2 for one in features)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("flux", TimeArgument("timestep", 3, 1000.0)),
+        ("z-image", TimeArgument("t", 1, 1000.0, True)),
+        ("sd3", TimeArgument("timestep", 3)),
+    ],
+)
+def test_quantizing_at_loading_follows_the_familys_time(name: str, expected: TimeArgument, tmp_path: Path) -> None:
+    transformer = build(name).transformer
+    transformer.save_pretrained(tmp_path)
+    loaded = type(transformer).from_pretrained(tmp_path, quantization_config=TRDQConfig("rtn-w8a8"))
+    assert loaded.trdq_conversion.argument == expected
+    assert time_by_name(unseen_pipeline().transformer) == TimeArgument("sigma", 2)
 
 
 def test_fingerprints_follow_weights_size_and_schedule() -> None:

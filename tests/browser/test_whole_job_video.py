@@ -62,10 +62,8 @@ def test_clips_are_compared_played_and_found_again(
     page.get_by_role("tab", name="Activations", exact=True).click()
     page.wait_for_selector("#facts .tr-facts", timeout=LONG)
     page.locator("#layer-part label", has_text="Temporal").click()
-    page.wait_for_function("document.querySelector('#layer input').value.startsWith('temporal_transformer_blocks.0')")
-    page.wait_for_function(
-        "document.querySelector('#activations-note').innerText.match(/rotation|transform/)", timeout=LONG
-    )
+    page.wait_for_selector("#histogram .gtitle >> text=temporal_blocks.0.attn1.to_q", timeout=LONG)
+    assert page.locator("#layer input").input_value() == "blocks.0.attn1.to_q"
     picture(page, screenshots, "real-7-temporal")
     page.reload()
     page.wait_for_selector(".tr-clip >> nth=2")

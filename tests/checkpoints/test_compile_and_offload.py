@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tests.checkpoints.conftest import Convert
 from trdq_core.adapters.saving import save_quantized
 from trdq_core.errors import StorageError
+from trdq_core.kernels import dispatch
 from trdq_core.nn.fused import unfused
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -108,6 +109,19 @@ def test_model_offload_gives_the_same(load: Load) -> None:
     assert torch.equal(call(denoiser, 900.0), expected[0])
     hook.offload()
     assert torch.equal(call(denoiser, 100.0), expected[1])
+
+
+def test_a_model_that_is_moved_takes_kernels_of_the_device(load: Load) -> None:
+    denoiser = load(parse_recipe("rtn-w8a8"))
+    quantizer = denoiser.transformer_blocks[0].attn1.to_q.input_quantizer
+    here = dispatch.select_backend(torch.device("cpu"))
+    assert quantizer.backend == here
+    quantizer.backend = "triton"  # as a model that comes back from a GPU has it
+    denoiser.to("cpu")
+    assert quantizer.backend == here
+    quantizer.backend = "reference"  # asked for by name: it runs anywhere, so it stays
+    denoiser.to("cpu")
+    assert quantizer.backend == "reference"
 
 
 @pytest.mark.parametrize("offload_buffers", [False, True])

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 import trdq_core
 from tests.checkpoints.conftest import Convert, reload
+from trdq_core import branches
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.saving import Saved, save_quantized
 from trdq_core.errors import CheckpointError, ModelError, RecipeError, StorageError
-from trdq_core.presets import make_recipe, parse_recipe
+from trdq_core.presets import make_recipe, parse_recipe, with_sharing
+from trdq_core.specs import SharingSpec
 from trdq_core.statistics import Statistics
 
 Picture = Callable[[nn.Module], Tensor]
@@ -122,6 +124,25 @@ def test_pickles_are_not_written(convert_tiny: Convert, tmp_path: Path) -> None:
     save_quantized(conversion, tmp_path / "model")
     with pytest.raises(CheckpointError, match="quantized models are saved as safetensors"):
         conversion.denoiser.save_pretrained(tmp_path / "pickle", safe_serialization=False)
+
+
+def test_a_loaded_plan_shares_where_the_branches_are_told(convert_tiny: Convert, tmp_path: Path) -> None:
+    recipe = with_sharing(parse_recipe("rtn-w8a8"), SharingSpec(blocks=((0,),)))
+    save_quantized(convert_tiny(recipe), tmp_path / "model")
+    denoiser = PixArtTransformer2DModel.from_pretrained(tmp_path / "model")
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(2, 5, 32)
+    call = {
+        "hidden_states": torch.cat([latents] * 2),
+        "encoder_hidden_states": text,
+        "timestep": torch.tensor([500.0] * 2),
+    }
+    with torch.no_grad():
+        denoiser(**call)
+        counted = [denoiser.trdq_conversion.facts()["sharing"]["shared_calls"]]
+        with branches.joint():
+            denoiser(**call)
+        counted.append(denoiser.trdq_conversion.facts()["sharing"]["shared_calls"])
+    assert counted == [0, 1]
 
 
 def test_a_lora_is_refused_with_what_to_do_instead(saved: tuple[Path, Tensor]) -> None:

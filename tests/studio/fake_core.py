@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from tests.studio import fake_clips
+from tests.studio.fake_getting import FakeGetting, ModelInfo
 from tests.studio.fake_inspection import LAYERS as LAYERS
 from tests.studio.fake_inspection import FakeInspection
 from tests.studio.fake_sensitivity import FakeBudget, write_scan
@@ -23,15 +24,6 @@ from trdq_core.errors import Cancelled, ModelError, RecipeError
 from trdq_core.specs import Recipe, RunSpec
 
 SIDE = 64
-
-
-class ModelInfo(NamedTuple):
-    name: str
-    path: Path
-    kind: str
-    description: str
-    available: bool
-    reason: str
 
 
 class LayerPlan(NamedTuple):
@@ -82,12 +74,12 @@ class CalibrationInfo(NamedTuple):
     folder: Path
 
 
-class FakeRuns:
+class FakeRuns(FakeGetting):
     """`trdq_core.runs` without a model. `pace` is the time of one sampler step."""
 
     def __init__(self, folder: Path, pace: float = 0.0) -> None:
         self.folder, self.pace = folder, pace
-        self.break_with: Exception | None = None
+        super().__init__()
         self.codec = True  # whether mp4 files can be written
         self.calls: list[RunSpec] = []
 

@@ -42,11 +42,11 @@ class FakeInspection:
             before_facts=_facts(before), after_facts=_facts(after), rows=256, kept=True, note="The transform is kept.",
         )  # fmt: skip
 
-    def group_edges(self, recipe: Recipe, timesteps: Any) -> list[float]:
+    def group_edges(self, recipe: Recipe, timesteps: Any, calibration: Path | None = None) -> list[float]:
         count = recipe.time.count
         return [1000 * index / count for index in range(1, count)]
 
-    def group_labels(self, recipe: Recipe, timesteps: Any) -> list[str]:
+    def group_labels(self, recipe: Recipe, timesteps: Any, calibration: Path | None = None) -> list[str]:
         count = recipe.time.count
         return [f"{1000 * i // count} to {1000 * (i + 1) // count}" for i in range(count)]
 

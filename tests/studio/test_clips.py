@@ -17,6 +17,7 @@ import pytest
 from PIL import Image
 
 from studio.components import clips as component
+from studio.components import controls as sidebar
 from studio.components import curves, html
 from studio.components.curves import Curve
 from studio.context import Studio
@@ -198,6 +199,18 @@ def test_a_video_model_shares_within_frames(studio: Studio, moving: Form, form: 
     assert "Spatial attention only" in last[page.note]
     still = list(handlers.measure(visitor(), 1, *values(dataclasses.replace(form, steps=4))))[-1]
     assert still[page.note] == ""
+
+
+def test_the_sidebar_follows_the_model() -> None:
+    with gr.Blocks():
+        controls = sidebar.build([("pocket-image", "pocket-image"), ("pocket-video", "pocket-video")])
+    video = sidebar.of_model(controls, "pocket-video", "video", "watermelon")
+    assert video[controls.prompt]["value"] == "whale"
+    assert ["turtle"] in video[controls.examples]["samples"]
+    timed = sidebar.of_model(controls, "random-dit", "speed", "whale")
+    hidden = (controls.prompt, controls.examples, controls.extra_prompts)
+    assert not any(timed[part]["visible"] for part in hidden), "random weights draw nothing"
+    assert all(video[part]["visible"] for part in hidden)
 
 
 def test_ticks_are_round_and_hold_every_value() -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from studio.services import commands
 from studio.services.form import (
     STORAGE_LINES,
     Form,
@@ -101,3 +102,11 @@ def test_every_method_and_storage_mode_can_be_chosen() -> None:
 
 def test_methods_that_ignore_time_keep_one_group(form: Form) -> None:
     assert baseline_recipe(form).time.count == 1
+
+
+def test_groups_can_be_fitted_to_the_ranges(form: Form) -> None:
+    recipe = chosen_recipe(dataclasses.replace(form, group_kind="dp", groups=3))
+    assert (recipe.time.kind, recipe.time.count) == ("dp", 3)
+    spec = compare_spec(dataclasses.replace(form, group_kind="dp", groups=3))
+    assert "--groups 3 --group-kind dp" in commands.compare(spec, {})
+    assert form_of_spec(spec)["group_kind"] == "dp"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -22,9 +23,10 @@ from studio.pages.compare import _Session
 from studio.pages.runs import _Handlers as RunHandlers
 from studio.services.form import Form
 from tests.studio.fake_core import FakeCore
+from trdq_core.arguments import build_parser
 from trdq_core.errors import ModelError
 
-PUBLIC = {"/list_models", "/list_runs", "/plan"}
+PUBLIC = {"/list_models", "/list_runs", "/plan", "/compare"}
 
 
 def visitor(name: str = "a") -> Any:
@@ -158,6 +160,12 @@ def test_activations_are_honest_when_empty_and_draw_when_not(studio: Studio, ses
     assert updates[0][page.group].value == 0
     assert len(updates[0][page.group].choices) == 4
     assert len(updates[0][page.timeline].layout.shapes) == 6, "three edges, each a line on a lighter one"
+    line = updates[0][page.command].value
+    assert line.startswith(
+        "python -m trdq_core activations --model pocket-image --recipe tr-dq-w4a8 --groups 4 --storage"
+    )
+    assert build_parser().parse_args(shlex.split(line)[3:]).group == 0, "the command line takes what is shown"
+    assert not empty[page.command].visible
     last = updates[-1]
     assert [trace.name for trace in last[page.histogram].data] == ["before", "after rotation"]
     for said in ("absmax", "kurtosis", "clipped share", "256 rows"):

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from studio import app
 from studio.components import html, result
 from studio.context import Studio
 from studio.services import sharing
@@ -163,3 +164,21 @@ def test_rows_with_sharing_are_named_and_marked(studio: Studio, core: FakeCore, 
 def test_a_plan_in_words() -> None:
     assert sharing.plan_words(PLAN) == "2 blocks, output error ≤ 0.125, saves 10.0% of attention FLOPs"
     assert sharing.plan_words(SharingSpec(blocks=((3,),), description="a list")) == "1 block, a list"
+
+
+def test_an_applied_plan_outlives_a_reload_and_nothing_else_does() -> None:
+    assert sharing.restored(sharing.kept(APPLIED)) == APPLIED
+    assert sharing.kept(None) is None and sharing.kept("forged") is None
+    for text in (
+        None,
+        3,
+        "",
+        "{",
+        "[]",
+        '{"model": "x"}',
+        '{"model": "x", "plan": {"blocks": "all"}}',
+        "x" * 2_000_000,
+    ):
+        assert sharing.restored(text) is None
+    found, box = app.restored_plan(sharing.kept(APPLIED))
+    assert found == APPLIED and box.interactive and box.value is False

@@ -18,6 +18,10 @@ from trdq_core.timegroups import TimeArgument
 GuidanceLayout = Literal["joint", "joint_reversed", "two_calls", "embedded"]
 
 
+# What the argument is called that tells a denoiser the time.
+TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "timestep_ids")
+
+
 class Family(NamedTuple):
     """One family, by the class of its transformer. `scale` and `flipped` are those of TimeArgument."""
 
@@ -67,6 +71,14 @@ def known_time(transformer: nn.Module) -> TimeArgument | None:
     name = "timestep" if "timestep" in names else "t"
     own_scale = float(transformer.config.get("timestep_scale") or 1.0)  # a factor that its pipelines multiply in
     return TimeArgument(name, names.index(name), family.scale / own_scale, family.flipped)
+
+
+def time_by_name(transformer: nn.Module) -> TimeArgument:
+    """How a transformer is told the time, as far as class and names say it: those of unlisted families may count otherwise."""
+    names = [name for name in inspect.signature(type(transformer).forward).parameters if name != "self"]
+    likely = next((name for name in names if name in TIME_NAMES), None)
+    found = known_time(transformer)
+    return found or (TimeArgument() if likely is None else TimeArgument(likely, names.index(likely)))
 
 
 def family_of(transformer: object) -> Family | None:

@@ -16,6 +16,7 @@ from trdq_core.adapters.folder import check_folder, check_weights, weights_diges
 from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.errors import ModelError
+from trdq_core.nn.modules import align
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import ClipShape
 from trdq_core.timegroups import TimeArgument
@@ -56,7 +57,9 @@ class PipelineModel:
         for part in self.pipeline.components.values():
             if isinstance(part, nn.Module):
                 part.requires_grad_(False).eval()
+        align(self.pipeline.transformer)  # so that it gives the same bits from whatever file it came
         self.denoiser: nn.Module = self.pipeline.transformer
+        align(self.denoiser)
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the transformer with its role."""

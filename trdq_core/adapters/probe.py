@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from trdq_core.adapters.families import GuidanceLayout
+from trdq_core.adapters.families import TIME_NAMES, GuidanceLayout
 from trdq_core.adapters.roles import block_of
 from trdq_core.adapters.stock_call import parameters_of
 from trdq_core.errors import ModelError
@@ -21,7 +21,6 @@ from trdq_core.plan import LayerInfo
 from trdq_core.timegroups import TimeArgument
 
 STEPS = 3  # of a probe: the ends of the time axis look alike on several scales
-_TIME_NAMES = ("timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "timestep_ids")
 _SCALES = ((1.0, False), (1000.0, False), (1000.0, True), (1.0, True))
 _TOLERANCE = 8.0  # on the axis: half-precision timesteps are off by up to 4
 
@@ -37,7 +36,7 @@ class Call(NamedTuple):
 def time_of(calls: Sequence[Call], denoiser: nn.Module) -> TimeArgument:
     """Which argument of the denoiser is the time and how it maps onto the axis; ModelError if none follows the scheduler."""
     names = list(parameters_of(type(denoiser).forward))
-    by_name = sorted(names, key=lambda name: name not in _TIME_NAMES)  # likely names first
+    by_name = sorted(names, key=lambda name: name not in TIME_NAMES)  # likely names first
     for name in by_name:
         position = names.index(name)
         for scale, flipped in _SCALES:

@@ -23,6 +23,7 @@ from trdq_core.convert import Conversion, convert
 from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.modules import align
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -159,35 +160,30 @@ class TRDQQuantizer(DiffusersQuantizer):
         check_contents(self._checkpoint)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        align(model)
         if self.pre_quantized:
             assert self._checkpoint is not None  # as above
             manifest = self._checkpoint.manifest
             if self._dtype is None or str(self._dtype) == f"torch.{manifest.dtype}":
                 cast_passing_buffers(model, manifest.buffers)
+            align(model)  # before anything is derived from its tensors
             activate(model, manifest)
             self.adopt(conversion_of(model))
             return model
         # Not above: diffusers is half imported when this module is.
-        from trdq_core.adapters.families import known_time
+        from trdq_core.adapters.families import time_by_name
         from trdq_core.adapters.roles import find_linears
 
-        argument = known_time(model) or "timestep"
-        config = self.quantization_config
+        config, argument = self.quantization_config, time_by_name(model)
         backend, layers = dispatch.select_backend(next(model.parameters()).device), find_linears(model)
         if config.calibration is None:
             found = convert_without_data(model, layers, config.recipe, backend=backend, argument=argument)
         else:
             statistics, sets = Statistics.load(config.calibration), config.calibration / "sets"
             found = convert(
-                model,
-                layers,
-                config.recipe,
-                statistics,
-                backend=backend,
-                storage_folder=sets,
+                model, layers, config.recipe, statistics, backend=backend, storage_folder=sets, argument=argument,
                 in_place=True,
-                argument=argument,
-            )
+            )  # fmt: skip
         self.adopt(found)
         return model
 

@@ -21,6 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from trdq_core.cache import cache_root
+
 SOURCES = Path(__file__).parent / "csrc"
 MAIN_SOURCE = "api.cpp"
 # No -march: the library chooses its path by the CPU it finds itself on. -w: gcc 12 warns of its own AVX512 headers.
@@ -65,12 +67,11 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """$TRDQ_CACHE_DIR/kernels, else $XDG_CACHE_HOME/trdq/kernels, else ~/.cache/trdq/kernels."""
+    """$TRDQ_CACHE_DIR/kernels, else $XDG_CACHE_HOME/trdq/kernels, or the same in ~/.cache, or in a private temporary folder."""
     own = os.environ.get("TRDQ_CACHE_DIR")
     if own:
         return Path(own) / "kernels"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "trdq" / "kernels"
+    return cache_root() / "trdq" / "kernels"
 
 
 def cpu_flags() -> tuple[str, ...]:

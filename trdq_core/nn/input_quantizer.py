@@ -220,7 +220,8 @@ class InputQuantizer(nn.Module):
 
     def fit_backend(self, device: torch.device) -> None:
         """Take the fastest backend of the device that the weights are on, if the present one cannot run there."""
-        if device.type not in ("cpu", "meta") and self.backend == "cpp":
+        stranger = "triton" if device.type == "cpu" else "cpp"  # the backend of the other kind of device
+        if device.type != "meta" and self.backend == stranger:
             self.backend = dispatch.select_backend(device)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> InputQuantizer:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable
 
+import torch
 from torch import Tensor, nn
+
+ALIGNMENT = 64  # bytes; what torch itself allocates at on a CPU, and the width of its widest vectors
 
 
 def share_copy(module: nn.Module) -> nn.Module:
@@ -18,6 +21,18 @@ def replace_module(root: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` where the submodule `name` ("blocks.0.attn.to_q") was."""
     parent, _, leaf = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, leaf, new)
+
+
+@torch.no_grad()
+def align(module: nn.Module) -> None:
+    """Move parameters and buffers of a CPU that do not begin at a multiple of 64 bytes to memory that does.
+
+    Tensors mapped from a file begin anywhere, and matrix products of the same numbers differ in their last bit with that:
+    two copies of a model that are to agree to the bit have to be aligned alike.
+    """
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.device.type == "cpu" and tensor.data_ptr() % ALIGNMENT:
+            tensor.data = tensor.data.clone()
 
 
 def tensor_bytes(tensors: Iterable[Tensor | None]) -> int:

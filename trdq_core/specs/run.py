@@ -32,6 +32,7 @@ class RunSpec(Spec):
     save_to: str | None = None  # of save: the folder to write; None: "model" in the run folder
     push_to_hub: str | None = None  # of save: OWNER/NAME to upload it to
     bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone
+    anyway: bool = False  # load the model even where the memory check says that it does not fit
 
     def __post_init__(self) -> None:
         if not 2 <= self.steps <= 200:
