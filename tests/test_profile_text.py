@@ -25,14 +25,14 @@ REPORT = {
 
 
 def test_rows_for_what_was_profiled() -> None:
-    header, *rows = profile_text.split_rows(REPORT["recipes"])
+    header, rows = profile_text.split_rows(REPORT["recipes"])
     assert [row[0] for row in rows] == ["fp", "tr-dq-w8a8"]
     assert all(len(row) == len(header) for row in rows)
     assert rows[0][1:] == ("1.2",) * 6 + ("8.0", "7.5")
 
 
 def test_calls_beside_their_bound() -> None:
-    header, *rows = profile_text.call_rows(REPORT["recipes"]["tr-dq-w8a8"])
+    header, rows = profile_text.call_rows(REPORT["recipes"]["tr-dq-w8a8"])
     assert len(rows) == profile_text.SHOWN_CALLS
     assert rows[0] == ("attention float32 2x6, 256x256x64", "12", "1.500", "0.750", "compute", "50 %")
     assert len(header) == len(rows[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # header and rows
 PARTS = {
     "linears": "linears", "attention": "attention", "rotation_quantization": "rotate+quantize",
     "norms_modulation": "norms+mod.", "activations": "activation", "rest": "rest",
@@ -12,24 +13,24 @@ PARTS = {
 SHOWN_CALLS = 8  # of a recipe, those that take most of the step
 
 
-def split_rows(recipes: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def split_rows(recipes: Mapping[str, Mapping[str, Any]]) -> Table:
     """A header and a row for each profiled recipe: milliseconds of a profiled step by what they went into."""
-    rows = [("one step, ms", *PARTS.values(), "profiled", "plain")]
+    rows: list[tuple[str, ...]] = []
     for name, facts in recipes.items():
         split = facts.get("split")
         if split:
             parts = [f"{split['parts_ms'][part]:.1f}" for part in PARTS]
             rows.append((name, *parts, f"{split['total_ms']:.1f}", f"{split['plain_ms']:.1f}"))
-    return rows
+    return ("one step, ms", *PARTS.values(), "profiled", "plain"), rows
 
 
-def call_rows(facts: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def call_rows(facts: Mapping[str, Any]) -> Table:
     """A header and the kernel calls of one recipe, each beside its bound."""
-    rows = [("kernel call", "calls", "ms", "bound ms", "bound by", "of bound")]
+    rows: list[tuple[str, ...]] = []
     for row in facts.get("roofline", ())[:SHOWN_CALLS]:
         share = f"{100 * row['share_of_bound']:.0f} %"
         rows.append((row["op"], str(row["calls"]), f"{row['ms']:.3f}", f"{row['bound_ms']:.3f}", row["bound"], share))
-    return rows
+    return ("kernel call", "calls", "ms", "bound ms", "bound by", "of bound"), rows
 
 
 def run_line(report: Mapping[str, Any]) -> str:

@@ -125,16 +125,12 @@ def report_text(report: Mapping[str, Any]) -> str:
 def profile_lines(report: Mapping[str, Any]) -> list[str]:
     """Where the time of a step goes, in tables, and what it cost beside the steps."""
     recipes = report["recipes"]
-    lines = [table(*_head(profile_text.split_rows(recipes)))]
+    lines = [table(*profile_text.split_rows(recipes))]
     for name, facts in recipes.items():
         if facts.get("roofline"):
-            lines += ["", name, set_left(*_head(profile_text.call_rows(facts)), columns=(0, 4))]
+            lines += ["", name, set_left(*profile_text.call_rows(facts), columns=(0, 4))]
     swaps = profile_text.swap_line(report)
     return [*lines, "", profile_text.run_line(report), *([] if swaps is None else [swaps])]
-
-
-def _head(rows: Sequence[Sequence[str]]) -> tuple[Sequence[str], Sequence[Sequence[str]]]:
-    return rows[0], rows[1:]
 
 
 def _saved_lines(saved: Mapping[str, Any] | None) -> list[str]:

@@ -13,7 +13,7 @@ from tests.tiny import tiny_pipeline, tiny_video_pipeline
 from trdq_core import branches
 from trdq_core.adapters.roles import find_linears
 from trdq_core.kernels import native
-from trdq_core.nn.fused import FusedAttention, FusedFeedForward
+from trdq_core.nn.fused import FusedAttention, FusedFeedForward, unfused
 from trdq_core.nn.fused_block import FusedBlock, few_rows, fuse
 from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
@@ -204,3 +204,28 @@ def test_few_rows(bias: bool) -> None:
     """Weight times input is input times weight."""
     linear, x = nn.Linear(24, 70, bias=bias), torch.randn(2, 24)
     torch.testing.assert_close(few_rows(linear, x), linear(x))
+
+
+def test_unfused_is_the_stock_block_to_the_bit() -> None:
+    """What torch.compile traces and what a fused step is compared with."""
+    model, call = dit()
+    plain = quantized(model)
+    fused = share_copy(plain)
+    fuse(fused)
+    expected = output(plain, call)
+    with unfused():
+        assert torch.equal(output(fused, call), expected)
+    assert not torch.equal(output(fused, call), expected)
+
+
+def test_hooks_on_linears_are_never_bypassed() -> None:
+    """Whoever watches a layer, or brings its weights, sees each of its calls."""
+    model, call = pixart()
+    fused = quantized(model)
+    fuse(fused)
+    seen: list[str] = []
+    for name in ("attn1.to_k", "attn2.to_q", "ff.net.2"):
+        linear = fused.transformer_blocks[0].get_submodule(name)
+        linear.register_forward_hook(lambda module, args, result, name=name: seen.append(name))
+    output(fused, call)
+    assert seen == ["attn1.to_k", "attn2.to_q", "ff.net.2"]

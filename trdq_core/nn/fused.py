@@ -6,7 +6,9 @@ buffers stay as they are: only processors and forwards of instances are replaced
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import torch
@@ -31,10 +33,30 @@ def fusable(*linears: nn.Module) -> bool:
     )
 
 
+_switched_off: ContextVar[bool] = ContextVar("fusion_off", default=False)
+
+
+@contextmanager
+def unfused() -> Iterator[None]:
+    """Each norm, GELU, attention and residual by itself while this is open, as under torch.compile: to compare with."""
+    token = _switched_off.set(True)
+    try:
+        yield
+    finally:
+        _switched_off.reset(token)
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether somebody wants to see these modules called, as offloading does to bring their weights: then none is bypassed."""
+    return any("_hf_hook" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
 def runs_here(x: Tensor) -> bool:
     """Whether the fused kernels take this call: eager, without gradients, (items, tokens, channels) float32 on a CPU."""
+    if torch.compiler.is_compiling() or _switched_off.get():
+        return False
     here = x.device.type == "cpu" and x.dtype is torch.float32 and x.ndim == 3
-    return here and not torch.compiler.is_compiling() and not (torch.is_grad_enabled() and x.requires_grad)
+    return here and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def product(
@@ -74,7 +96,7 @@ class FusedAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """The attention's output (batch, tokens, channels)."""
-        if not runs_here(hidden_states):
+        if not runs_here(hidden_states) or not self.takes(attn):
             return self.plain(
                 attn,
                 hidden_states,
@@ -83,6 +105,10 @@ class FusedAttention:
                 temb=temb,
             )
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
+
+    def takes(self, attn: nn.Module) -> bool:
+        """Whether the projections may be called past their own forwards."""
+        return not hooked(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
 
     def attend(
         self, attn: nn.Module, x: Tensor, context: Tensor | None, mask: Tensor | None, around: Around = NOTHING
@@ -114,9 +140,13 @@ class FusedFeedForward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output (batch, tokens, channels)."""
-        if args or kwargs or not runs_here(hidden_states):
+        if args or kwargs or not runs_here(hidden_states) or not self.takes():
             return self.plain(hidden_states, *args, **kwargs)
         return self.run(hidden_states)
+
+    def takes(self) -> bool:
+        """Whether the linears may be called past their own forwards."""
+        return not hooked(self.module.net[0].proj, self.module.net[2])
 
     def run(self, x: Tensor, around: Around = NOTHING) -> Tensor:
         """The output of a call that `runs_here`, with what the block does around it."""

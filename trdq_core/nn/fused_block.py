@@ -8,7 +8,15 @@ from torch import Tensor, nn
 
 from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
 from trdq_core.kernels.types import Epilogue, Prologue
-from trdq_core.nn.fused import Around, FusedAttention, FusedFeedForward, fuse_attention, fuse_feed_forward, runs_here
+from trdq_core.nn.fused import (
+    Around,
+    FusedAttention,
+    FusedFeedForward,
+    fuse_attention,
+    fuse_feed_forward,
+    hooked,
+    runs_here,
+)
 
 KINDS = ("ada_norm_zero", "ada_norm_single")
 
@@ -81,7 +89,7 @@ def few_rows(linear: nn.Module, x: Tensor) -> Tensor:
 
     Weight times input reads the weight once at the speed of memory; torch's input times weight takes twice as long there.
     """
-    if type(linear) is not nn.Linear:
+    if type(linear) is not nn.Linear or hooked(linear):
         return linear(x)
     y = (linear.weight @ x.t()).t()
     return y if linear.bias is None else y + linear.bias
@@ -96,7 +104,7 @@ def _attention(
     gate: Tensor | None,
 ) -> Tensor:
     added = Epilogue(x.flatten(0, 1), gate)
-    if isinstance(attention.processor, FusedAttention):
+    if isinstance(attention.processor, FusedAttention) and attention.processor.takes(attention):
         return attention.processor.attend(attention, x, context, mask, Around(norm, added))
     y = attention(_normed(x, norm), encoder_hidden_states=context, attention_mask=mask)
     return apply_epilogue(y.flatten(0, 1), added).view_as(x)
@@ -104,7 +112,7 @@ def _attention(
 
 def _feed_forward(feed_forward: nn.Module, x: Tensor, norm: Prologue, gate: Tensor) -> Tensor:
     added = Epilogue(x.flatten(0, 1), gate)
-    if isinstance(feed_forward.forward, FusedFeedForward):
+    if isinstance(feed_forward.forward, FusedFeedForward) and feed_forward.forward.takes():
         return feed_forward.forward.run(x, Around(norm, added))
     return apply_epilogue(feed_forward(_normed(x, norm)).flatten(0, 1), added).view_as(x)
 
