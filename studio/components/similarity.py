@@ -64,14 +64,18 @@ class Similar:
         return [*fixed, self.block, self.step_table, *self.of_plan(), self.lines]
 
 
-def build() -> Similar:
+def build_part() -> gr.Radio:
+    """Which blocks of a video model are shown; hidden for others."""
+    return gr.Radio(
+        PART_CHOICES, value=SPATIAL, label="Blocks", elem_id="guidance-part", interactive=True, visible=False, min_width=190,
+        elem_classes="tr-segments",
+    )  # fmt: skip
+
+
+def build(part: gr.Radio) -> Similar:
     """The widgets, hidden until there is a measurement."""
     source = gr.State("threshold")
     with gr.Column(visible=False, elem_id="similarity") as box:
-        part = gr.Radio(
-            PART_CHOICES, value=SPATIAL, label="Blocks", elem_id="guidance-part", interactive=True, visible=False,
-            elem_classes="tr-segments",
-        )  # fmt: skip
         about = gr.HTML(elem_id="similarity-about")
         with gr.Row(equal_height=False, elem_classes="tr-closer"):
             with gr.Column(scale=3, min_width=320):
@@ -132,7 +136,9 @@ def opened(page: Similar, view: SimilarityView, spatial: SimilarityView, choice:
         page.planning: gr.Column(visible=view.part == SPATIAL),
         page.about: sharing.about_line(view),
         page.measure: measure,
-        page.bar: heatmap.colour_bar(MEASURE_WORDS[measure], view.widest(measure), cosine=measure == "map_cosine"),
+        page.bar: heatmap.colour_bar(
+            MEASURE_WORDS[measure], view.widest(measure), cosine=measure == "map_cosine", shared=view.part == SPATIAL
+        ),
         page.threshold: gr.Slider(
             **({"value": span.start} | kept), minimum=span.least, maximum=span.most, step=span.step, label=label
         ),

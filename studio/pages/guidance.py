@@ -60,10 +60,12 @@ def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> GuidanceP
         cancel = gr.Button("Cancel", elem_id="cancel-attention", min_width=90)
     with gr.Row(elem_classes="tr-choose"):
         stored = gr.Dropdown(
-            [], label="Measurement", elem_id="measurement", interactive=True, filterable=False, visible=False
-        )
+            [], label="Measurement", elem_id="measurement", interactive=True, filterable=False, visible=False,
+            min_width=260, scale=3,
+        )  # fmt: skip
+        part = similarity.build_part()
     empty, note = gr.HTML(elem_id="guidance-empty"), gr.HTML(elem_id="guidance-note")
-    similar = similarity.build()
+    similar = similarity.build(part)
     command = command_box(label="The command that repeats this measurement", elem_id="measure-command")
     used = sharing.build(strip, problem, saved)
     return GuidancePage(strip, problem, count, measure, cancel, empty, stored, note, similar, used, command)
@@ -226,5 +228,6 @@ class _Handlers:
             page.stored: gr.Dropdown(choices=[], value=None, visible=False),
             page.empty: html.empty_state(f"No measurement of {model} yet", said),
             page.note: "", page.use.box: gr.Column(visible=False), page.similar.box: gr.Column(visible=False),
+            page.similar.part: gr.Radio(visible=False),
             page.command: shown(""),
         }  # fmt: skip

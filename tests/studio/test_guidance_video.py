@@ -77,6 +77,7 @@ def test_the_page_turns_to_the_temporal_blocks_and_back(handlers: _Handlers, pag
     assert "64 tokens in each of 16 frames" in spatial[similar.about]
     assert "16 frames at each of 64 patches" in temporal[similar.about]
     assert temporal[similar.summary] == temporal[similar.group_table] == ""
+    assert "shared by the plan" in spatial[similar.bar] and "shared by the plan" not in temporal[similar.bar]
     assert handlers.look(run_id, *TEMPORAL)[similar.block] == 2
     clicked = handlers.look_at(gr.EventData(None, {"row": 5}), run_id, *TEMPORAL)
     assert clicked[similar.block] == 5
