@@ -37,9 +37,14 @@ def test_sharing_is_said_in_lines() -> None:
     plan = {"blocks": [[0, 1], []], "predicted_error": 0.0123, "predicted_saving": 0.125}
     found = {"map_cosine": 0.99, "output_error": 0.05, "block_error": [0.0, 0.1], "plan": plan}
     text = terminal.report_text({"similarity": found, "recipes": {"rtn+sharing": {"sharing": plan}}})
-    assert "block 1: output error 0.1000" in text
+    assert "block 1: output error 0.1000" in text and "frames" not in text
     assert "plan: shares blocks 0 1; none; predicted output error 0.0123, attention FLOPs saved 12.5 %" in text
     assert "rtn+sharing: shares blocks 0 1; none" in text
+    temporal = {"map_cosine": 0.8, "output_error": 0.25, "block_error": [0.25]}
+    text = terminal.report_text({"similarity": found | {"temporal": temporal}})
+    assert "within frames, maps of both branches: mean cosine 0.9900, mean output error of sharing 0.0500" in text
+    assert "across frames, maps of both branches: mean cosine 0.8000, mean output error of sharing 0.2500" in text
+    assert "across frames, block 0: output error 0.2500" in text
 
 
 class Terminal(io.StringIO):

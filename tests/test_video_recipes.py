@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import shutil
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -18,13 +19,15 @@ from trdq_core.adapters.latte import LatteModel
 from trdq_core.attention_products import attentions
 from trdq_core.calibration import calibrate
 from trdq_core.convert import Conversion, convert
+from trdq_core.errors import CalibrationError
 from trdq_core.model_passes import make_passes
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.nn.modules import share_copy
 from trdq_core.presets import METHODS, parse_recipe, with_sharing
 from trdq_core.sampling import Conditioning, sample, sample_batch
 from trdq_core.sharing import self_attentions
 from trdq_core.sharing_plans import store_bytes_of_block
-from trdq_core.similarity import measure_similarity
+from trdq_core.similarity import FILES, TEMPORAL, Similarity, measure_similarity
 from trdq_core.specs import Recipe, SharingSpec
 from trdq_core.statistics import Statistics
 
@@ -152,3 +155,47 @@ def test_similarity_counts_the_tokens_of_all_frames(subject: Callable[..., Subje
     assert similarity.block_error.shape == (STEPS, 2)
     assert (similarity.about["tokens"], similarity.about["frames"]) == (PATCHES, FRAMES)
     assert store_bytes_of_block(similarity) == 2 * FRAMES * PATCHES * 32 * 4
+
+
+def test_attention_across_frames_is_measured_beside(subject: Callable[..., Subject], tmp_path: Path) -> None:
+    """Temporal numbers against whole maps of the very input, computed apart for the two halves of the call."""
+    made, seen = subject(), []
+    whole = measure_similarity(made.model, PROMPTS[:1], steps=STEPS, guidance=3.0, seed=0)
+    copy = share_copy(made.model.denoiser)
+    attention = copy.get_submodule("temporal_transformer_blocks.1.attn1")
+    attention.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    with made.model.using(copy):
+        sample(made.model, made.model.encode(PROMPTS[:1])[0], 0, steps=STEPS, guidance=3.0)
+    whole.save(tmp_path)
+    temporal = Similarity.load(tmp_path).temporal
+    assert temporal is not None and temporal.timesteps == whole.timesteps
+    assert temporal.about["blocks"] == [f"temporal_transformer_blocks.{block}.attn1" for block in (0, 1)]
+    assert (temporal.about["tokens"], temporal.about["patches"]) == (FRAMES, PATCHES)
+    assert store_bytes_of_block(temporal) == store_bytes_of_block(whole), "the same numbers, seen the other way"
+    for step, x in enumerate(seen):
+        assert x.shape == (2 * PATCHES, FRAMES, 32)
+        q, k, v = (
+            linear(x).unflatten(-1, (attention.heads, -1)).permute(2, 0, 1, 3).double()
+            for linear in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        maps = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
+        own, other, values = maps[:, PATCHES:], maps[:, :PATCHES], v[:, :PATCHES]
+        cosine = torch.nn.functional.cosine_similarity(own.flatten(1), other.flatten(1))
+        lost, kept = (own - other) @ values, other @ values
+        assert torch.allclose(temporal.map_cosine[step, 1].double(), cosine, atol=1e-6)
+        per_head = lost.flatten(1).norm(dim=1) / kept.flatten(1).norm(dim=1)
+        assert torch.allclose(temporal.output_error[step, 1].double(), per_head, rtol=1e-3)
+        assert float(temporal.block_error[step, 1]) == pytest.approx(float(lost.norm() / kept.norm()), rel=1e-3) != 0
+    assert torch.isnan(temporal.step_error[0]).all() and (temporal.step_error[1:] > 0).all()
+
+
+def test_clips_measured_before_open_without_temporal_blocks(subject: Callable[..., Subject], tmp_path: Path) -> None:
+    whole = measure_similarity(subject().model, PROMPTS[:1], steps=1, guidance=3.0, seed=0)
+    assert whole.temporal is not None
+    whole.save(tmp_path)
+    (tmp_path / TEMPORAL / FILES[0]).write_bytes(b"x")
+    with pytest.raises(CalibrationError, match="similarity temporal: damaged .* measure it again"):
+        Similarity.load(tmp_path)
+    shutil.rmtree(tmp_path / TEMPORAL)
+    old = Similarity.load(tmp_path)
+    assert old.temporal is None and torch.equal(old.block_error, whole.block_error)

@@ -16,6 +16,7 @@ from trdq_core.errors import CalibrationError, StorageError
 
 FORMAT_VERSION = 2  # 2: differences between neighbouring steps, operations of the denoiser
 FILES = ("similarity.safetensors", "similarity.json")
+TEMPORAL = "temporal"  # the folder beside them with the same two files of the temporal attentions
 TENSORS = ("map_cosine", "output_error", "block_error", "step_error", "guidance_change", "guidance_share")
 
 
@@ -34,9 +35,12 @@ class Similarity:
     step_error: Tensor | None = None  # (timesteps, blocks) of an output taken from the step before; NaN in the first
     guidance_change: Tensor | None = None  # (timesteps,) ||d_t - d_before|| / ||d_t||, d = conditional - unconditional
     guidance_share: Tensor | None = None  # (timesteps,) ||d_t|| / ||conditional_t||
+    temporal: Similarity | None = None  # the same run's blocks that attend across the frames of a clip, where there are
 
     def save(self, folder: Path) -> None:
-        """Write similarity.safetensors and similarity.json."""
+        """Write similarity.safetensors and similarity.json, and those of the temporal blocks into a folder beside them."""
+        if self.temporal is not None:
+            self.temporal.save(folder / TEMPORAL)
         tensors = {name: getattr(self, name) for name in TENSORS if getattr(self, name) is not None}
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         about = {**self.about, "format_version": FORMAT_VERSION, "timesteps": self.timesteps}
@@ -50,7 +54,10 @@ class Similarity:
 
     @classmethod
     def load(cls, folder: Path) -> Similarity:
-        """Read the two files; CalibrationError if they are missing, damaged or newer."""
+        """Read what `save` wrote; CalibrationError if a file is missing, damaged or newer.
+
+        Clips measured by older versions have no temporal blocks.
+        """
         try:
             about = json.loads((folder / FILES[1]).read_text())
             if about["format_version"] > FORMAT_VERSION:
@@ -58,7 +65,8 @@ class Similarity:
                     f"similarity {folder.name}: format {about['format_version']} is newer than {FORMAT_VERSION}, "
                     "update TR-DQ Studio."
                 )
-            return cls(tuple(about["timesteps"]), **load_file(folder / FILES[0]), about=about)
+            temporal = cls.load(folder / TEMPORAL) if (folder / TEMPORAL).is_dir() else None
+            return cls(tuple(about["timesteps"]), **load_file(folder / FILES[0]), about=about, temporal=temporal)
         except (OSError, KeyError, TypeError, ValueError, SafetensorError) as error:
             if isinstance(error, CalibrationError):
                 raise

@@ -48,6 +48,11 @@ def self_attentions(layers: Iterable[LayerInfo]) -> list[str]:
     return [layer.name.rpartition(".")[0] for layer in layers if layer.role == "self_q"]
 
 
+def temporal_attentions(layers: Iterable[LayerInfo]) -> list[str]:
+    """Names of the attention modules across the frames of a clip, in model order. They are measured, never shared."""
+    return [layer.name.rpartition(".")[0] for layer in layers if layer.role == "temporal_q"]
+
+
 def apply_sharing(denoiser: nn.Module, layers: Iterable[LayerInfo], spec: SharingSpec, time: TimeContext) -> Sharing:
     """Leave out of `denoiser` what `spec` says, from now on. Give it a copy: its processors and its forward are replaced,
     its weights stay.

@@ -65,7 +65,7 @@ def store_bytes_of_block(similarity: Similarity) -> int:
     Both are two tensors (tokens, channels). With both branches in one batch, sharing keeps nothing.
     """
     about = similarity.about
-    return 2 * _frames(similarity) * about["tokens"] * about["channels"] * about.get("dtype_bytes", 4)
+    return 2 * _parts(similarity) * about["tokens"] * about["channels"] * about.get("dtype_bytes", 4)
 
 
 def within_store(cells: Sequence[Cell], similarity: Similarity, store_bytes: int | None) -> list[Cell]:
@@ -221,7 +221,7 @@ def attention_share(similarity: Similarity) -> float:
         raise CalibrationError(
             "similarity: it is of an older format without the operations of the denoiser; measure it again."
         )
-    return _frames(similarity) * _flops(similarity)[0] * similarity.block_error.shape[1] / flops
+    return _parts(similarity) * _flops(similarity)[0] * similarity.block_error.shape[1] / flops
 
 
 def work_saving(similarity: Similarity, spec: SharingSpec) -> float:
@@ -273,13 +273,13 @@ def _kept_bytes(similarity: Similarity, spec: SharingSpec) -> int:
     return max(counts, default=0) * store_bytes_of_block(similarity)
 
 
-def _frames(similarity: Similarity) -> int:
-    """How many frames of a clip each block looks at one by one; 1 for pictures."""
-    return similarity.about.get("frames", 1)
+def _parts(similarity: Similarity) -> int:
+    """How many frames of a clip, or patches over time, each block looks at one by one; 1 for pictures."""
+    return similarity.about.get("patches", similarity.about.get("frames", 1))
 
 
 def _flops(similarity: Similarity) -> tuple[int, int]:
-    """Of one frame, see `attention_flops`."""
+    """Of one part, see `attention_flops`."""
     return attention_flops(similarity.about["tokens"], similarity.about["channels"])
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,18 +16,19 @@ from torch.utils.flop_counter import FlopCounterMode
 from trdq_core import branches
 from trdq_core.errors import CalibrationError
 from trdq_core.events import OnEvent, Progress, ignore
-from trdq_core.gaps import FILES, Similarity
+from trdq_core.gaps import FILES, TEMPORAL, Similarity
 from trdq_core.nn.attention import check_attention
 from trdq_core.nn.attention_gap import Gap, MeasuringAttention, measure_gap
 from trdq_core.nn.guided_forward import first_tensor
 from trdq_core.nn.modules import share_copy
 from trdq_core.sampling import SampledModel, check_branches, sample
-from trdq_core.sharing import self_attentions
+from trdq_core.sharing import self_attentions, temporal_attentions
 from trdq_core.sharing_plans import plan_sharing, predict
 from trdq_core.timegroups import TimeContext, TimeGroups
 
 __all__ = [
-    "FILES", "Gap", "MeasuringAttention", "Similarity", "measure_gap", "measure_similarity", "plan_sharing", "predict",
+    "FILES", "TEMPORAL", "Gap", "MeasuringAttention", "Similarity", "measure_gap", "measure_similarity", "plan_sharing",
+    "predict",
 ]  # fmt: skip
 
 
@@ -74,7 +76,7 @@ def measure_similarity(
     cancelled: Callable[[], bool] | None = None,
 ) -> Similarity:
     """Sample every prompt in full precision and compare both branches' self-attention in every block and step, and each
-    step with the one before.
+    step with the one before. Of models of clips that is the attention within frames; `temporal` holds that across them.
 
     The pictures are those of plain sampling: the measures are computed beside it.
     """
@@ -88,12 +90,9 @@ def measure_similarity(
     context.attach(denoiser, model.timestep_argument)
     guidance_hook = _Guidance(context, model.initial_latents(seed).shape[1])
     denoiser.register_forward_hook(guidance_hook, with_kwargs=True)
-    processors = []
-    for name in self_attentions(model.linears()):
-        attention = denoiser.get_submodule(name)
-        check_attention(name, attention)
-        processors.append(MeasuringAttention(attention.processor, context))
-        attention.set_processor(processors[-1])
+    spatial, temporal = (
+        _measured(denoiser, names(model.linears()), context) for names in (self_attentions, temporal_attentions)
+    )
     progress = Progress("attention", len(prompts) * steps, on_event=on_event, cancelled=cancelled)
     with model.using(denoiser):
         for index, conditioning in enumerate(model.encode(prompts)):
@@ -103,18 +102,33 @@ def measure_similarity(
             )  # fmt: skip
     about = {
         "model": model.name, "prompts": list(prompts), "steps": steps, "guidance": guidance, "seed": seed,
-        "blocks": self_attentions(model.linears()), "tokens": processors[0].tokens, "frames": processors[0].parts,
-        "channels": next(layer.in_features for layer in model.linears() if layer.role == "self_q"),
         "dtype_bytes": model.dtype.itemsize,
         "denoiser_flops": denoiser_flops(model.denoiser, *guidance_hook.call) if guidance_hook.call else None,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "seconds": round(time.monotonic() - started, 2),
     }  # fmt: skip
-    return _collect(processors, guidance_hook, about)
+    found = _collect(spatial, guidance_hook, about, "frames")
+    return replace(found, temporal=_collect(temporal, guidance_hook, about, "patches")) if temporal else found
 
 
-def _collect(processors: Sequence[MeasuringAttention], guidance: _Guidance, about: Mapping[str, Any]) -> Similarity:
-    timesteps = tuple(processors[0].seen)
+def _measured(denoiser: nn.Module, names: Sequence[str], time: TimeContext) -> dict[str, MeasuringAttention]:
+    """Processors that measure, put into the attentions of these names."""
+    processors = {}
+    for name in names:
+        attention = denoiser.get_submodule(name)
+        check_attention(name, attention)
+        processors[name] = MeasuringAttention(attention.processor, time)
+        attention.set_processor(processors[name])
+    return processors
+
+
+def _collect(
+    measured: Mapping[str, MeasuringAttention], guidance: _Guidance, about: Mapping[str, Any], parts: str
+) -> Similarity:
+    """The measures of some attentions; `parts` is what they look at one by one."""
+    processors = list(measured.values())
+    timesteps, first = tuple(processors[0].seen), processors[0]
+    about = {**about, "blocks": list(measured), "tokens": first.tokens, parts: first.parts, "channels": first.channels}
 
     def mean(measure: Callable[[Gap], Tensor]) -> Tensor:
         cells = [

@@ -214,11 +214,9 @@ def _sharing_lines(report: Mapping[str, Any]) -> list[str]:
     """What the attention command measured and planned, and what the recipes with sharing did."""
     lines, found = [], report.get("similarity")
     if found:
-        lines.append(
-            f"maps of both branches: mean cosine {number(found['map_cosine'], 4)}, "
-            f"mean output error of sharing {number(found['output_error'], 4)}"
-        )
-        lines += [f"block {block}: output error {number(e, 4)}" for block, e in enumerate(found["block_error"])]
+        temporal = found.get("temporal")
+        lines += _similarity_lines("within frames, " if temporal else "", found)
+        lines += _similarity_lines("across frames, ", temporal) if temporal else []
     plans = {"plan": found["plan"]} if found and found.get("plan") else {}
     plans |= {name: row["sharing"] for name, row in (report.get("recipes") or {}).items() if row.get("sharing")}
     for name, plan in plans.items():
@@ -230,6 +228,16 @@ def _sharing_lines(report: Mapping[str, Any]) -> list[str]:
         )
         lines += _further_sharing_lines(name, plan)
     return lines
+
+
+def _similarity_lines(where: str, found: Mapping[str, Any]) -> list[str]:
+    """How alike the branches attend, over all blocks of one kind and in each."""
+    head = (
+        f"{where}maps of both branches: mean cosine {number(found['map_cosine'], 4)}, "
+        f"mean output error of sharing {number(found['output_error'], 4)}"
+    )
+    blocks = [f"{where}block {block}: output error {number(e, 4)}" for block, e in enumerate(found["block_error"])]
+    return [head, *blocks]
 
 
 def _further_sharing_lines(name: str, plan: Mapping[str, Any]) -> list[str]:

@@ -90,18 +90,18 @@ def heatmap(chart: Heatmap) -> str:
     )
 
 
-def colour_bar(measure: str, widest: float, *, cosine: bool) -> str:
-    """The colour range that all heatmaps of the page have, with the values it stands for."""
+def colour_bar(measure: str, widest: float, *, cosine: bool, shared: bool = True) -> str:
+    """The colour range that all heatmaps of the page have, with the values it stands for, and the mark of `shared` cells."""
     gaps = [widest * stop**2 for stop in BAR_STOPS]
     said = [f"{1 - gap if cosine else gap:.3g}" for gap in gaps]
     colours = ", ".join(f"rgb{tuple(int(part) for part in colour)}" for colour in _ramp(np.linspace(0, 1, 9)))
     ticks = "".join(f"<span>{text}</span>" for text in said)
+    mark = ' <i class="tr-map-key"></i> hatched and outlined: shared by the plan.' if shared else ""
     return (
         f'<div class="tr-map-bar"><b>{escape(measure)}</b><div><i style="background:linear-gradient(90deg, {colours})"></i>'
         f"<p>{ticks}</p></div></div>"
         f'<p class="tr-small">One colour range for blocks and heads, from {said[0]} to {said[-1]}; '
-        "the steps between are squares, so that small differences stay apart. "
-        '<i class="tr-map-key"></i> hatched and outlined: shared by the plan.</p>'
+        f"the steps between are squares, so that small differences stay apart.{mark}</p>"
     )
 
 

@@ -9,6 +9,7 @@ from html import escape
 import numpy as np
 
 from studio.components import words
+from studio.services.parts import TEMPORAL
 from studio.services.similarity import MEASURE_WORDS, PlanView, SharingMeasure, SimilarityView
 
 NOTHING = "No block is shared."
@@ -104,7 +105,15 @@ def about_line(view: SimilarityView) -> str:
     heads = view.heads["output_error"].shape[2]
     said = (
         f"Means over {prompts}: {words.plural(view.count, 'block')} of {words.plural(heads, 'head')}, "
-        f"{words.plural(len(view.timesteps), 'step')}, {about.get('tokens', '?')} tokens; "
+        f"{words.plural(len(view.timesteps), 'step')}, {_tokens(view)}; "
         f"measured in {words.duration(about.get('seconds'))}."
     )
     return f'<p class="tr-small">{escape(said)}</p>'
+
+
+def _tokens(view: SimilarityView) -> str:
+    """What one attention looks at: the tokens of a picture or of a frame, or one patch in all frames."""
+    count, frames, patches = (view.about.get(name) for name in ("tokens", "frames", "patches"))
+    if view.part == TEMPORAL:
+        return f"{count} frames at each of {patches} patches"
+    return f"{count} tokens in each of {frames} frames" if view.frame_by_frame else f"{count or '?'} tokens"

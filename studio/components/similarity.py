@@ -11,6 +11,7 @@ import numpy as np
 from studio import plots
 from studio.components import heatmap, sharing
 from studio.components.heatmap import Heatmap
+from studio.services.parts import PART_CHOICES, SPATIAL
 from studio.services.similarity import (
     MEASURE_CHOICES,
     MEASURE_WORDS,
@@ -32,10 +33,12 @@ class Similar:
 
     source: gr.State
     box: gr.Column
+    part: gr.Radio
     about: gr.HTML
     measure: gr.Radio
     bar: gr.HTML
     blocks_map: gr.HTML
+    planning: gr.Column
     threshold: gr.Slider
     groups: gr.Slider
     published: gr.Button
@@ -49,7 +52,7 @@ class Similar:
 
     def choice(self) -> list[Any]:
         """The widgets that decide what is drawn, in the order of `Choice`."""
-        return [self.measure, self.threshold, self.groups, self.source, self.block]
+        return [self.measure, self.threshold, self.groups, self.source, self.block, self.part]
 
     def of_plan(self) -> list[Any]:
         """The widgets that a change of the plan draws again, without the lines, which take longest."""
@@ -57,11 +60,19 @@ class Similar:
 
     def widgets(self) -> list[Any]:
         """Everything that a measurement fills."""
-        fixed = [self.box, self.about, self.measure, self.bar, self.threshold, self.groups, self.block, self.step_table]
-        return [*fixed, *self.of_plan(), self.lines]
+        fixed = [self.box, self.part, self.about, self.measure, self.bar, self.planning, self.threshold, self.groups]
+        return [*fixed, self.block, self.step_table, *self.of_plan(), self.lines]
 
 
-def build() -> Similar:
+def build_part() -> gr.Radio:
+    """Which blocks of a video model are shown; hidden for others."""
+    return gr.Radio(
+        PART_CHOICES, value=SPATIAL, label="Blocks", elem_id="guidance-part", interactive=True, visible=False, min_width=190,
+        elem_classes="tr-segments",
+    )  # fmt: skip
+
+
+def build(part: gr.Radio) -> Similar:
     """The widgets, hidden until there is a measurement."""
     source = gr.State("threshold")
     with gr.Column(visible=False, elem_id="similarity") as box:
@@ -75,17 +86,19 @@ def build() -> Similar:
                     MEASURE_CHOICES, value="output_error", label="Measure", elem_id="measure", interactive=True,
                     elem_classes="tr-segments",
                 )  # fmt: skip
-                threshold = gr.Slider(
-                    0, 1, 0, step=0.01, label="Threshold", elem_id="threshold", interactive=True,
-                    info="A block shares in a time group if it keeps to this at every step of the group.",
-                )  # fmt: skip
-                groups = gr.Slider(
-                    1, MOST_GROUPS, 1, step=1, label="Time groups of the plan", elem_id="plan-groups", interactive=True
-                )
-                with gr.Row(elem_classes="tr-pair"):
-                    published = gr.Button("Published list", size="sm", elem_id="published", min_width=110)
-                    none = gr.Button("None", size="sm", elem_id="no-sharing", min_width=80)
-                summary = gr.HTML(elem_id="sharing-plan")
+                with gr.Column(elem_id="planning") as planning:
+                    threshold = gr.Slider(
+                        0, 1, 0, step=0.01, label="Threshold", elem_id="threshold", interactive=True,
+                        info="A block shares in a time group if it keeps to this at every step of the group.",
+                    )  # fmt: skip
+                    groups = gr.Slider(
+                        1, MOST_GROUPS, 1, step=1, label="Time groups of the plan", elem_id="plan-groups",
+                        interactive=True,
+                    )  # fmt: skip
+                    with gr.Row(elem_classes="tr-pair"):
+                        published = gr.Button("Published list", size="sm", elem_id="published", min_width=110)
+                        none = gr.Button("None", size="sm", elem_id="no-sharing", min_width=80)
+                    summary = gr.HTML(elem_id="sharing-plan")
         gr.HTML('<h3 class="tr-section">Heads of one block</h3>')
         block = gr.Dropdown(
             [], label="Block (or choose one in the map above)", elem_id="block", interactive=True, filterable=False
@@ -96,8 +109,8 @@ def build() -> Similar:
         with gr.Accordion("The same in numbers", open=False, elem_id="similarity-numbers"):
             group_table, step_table = gr.HTML(elem_id="group-table"), gr.HTML(elem_id="step-table")
     return Similar(
-        source, box, about, measure, bar, blocks_map, threshold, groups, published, none, summary, block, heads_map,
-        lines, group_table, step_table,
+        source, box, part, about, measure, bar, blocks_map, planning, threshold, groups, published, none, summary, block,
+        heads_map, lines, group_table, step_table,
     )  # fmt: skip
 
 
@@ -106,19 +119,26 @@ def _map(name: str, clickable: bool = True) -> gr.HTML:
     return gr.HTML(elem_id=name, elem_classes=classes, js_on_load=heatmap.ON_LOAD)
 
 
-def opened(page: Similar, view: SimilarityView, choice: Choice, *, fresh: bool) -> Updates:
-    """What a measurement and a measure fix; a `fresh` one sets the slider to its start as well."""
+def opened(page: Similar, view: SimilarityView, spatial: SimilarityView, choice: Choice, *, fresh: bool) -> Updates:
+    """What a measurement, its blocks to show and a measure fix; a `fresh` one sets the slider to its start as well.
+
+    The slider is that of the spatial blocks, which plans are made of, also while it is hidden.
+    """
     measure: SharingMeasure = choice.measure
-    span = slider_range(view, measure)
+    span = slider_range(spatial, measure)
     relation = "at most" if measure == "output_error" else "at least"
     label = f"Threshold: {MEASURE_WORDS[measure]} {relation}"
     kept = {} if fresh else {"value": choice.threshold}
     groups = min(int(choice.groups or 1), len(view.timesteps))
     return {
         page.box: gr.Column(visible=True),
+        page.part: gr.Radio(value=view.part, visible=spatial.temporal is not None),
+        page.planning: gr.Column(visible=view.part == SPATIAL),
         page.about: sharing.about_line(view),
         page.measure: measure,
-        page.bar: heatmap.colour_bar(MEASURE_WORDS[measure], view.widest(measure), cosine=measure == "map_cosine"),
+        page.bar: heatmap.colour_bar(
+            MEASURE_WORDS[measure], view.widest(measure), cosine=measure == "map_cosine", shared=view.part == SPATIAL
+        ),
         page.threshold: gr.Slider(
             **({"value": span.start} | kept), minimum=span.least, maximum=span.most, step=span.step, label=label
         ),
@@ -131,14 +151,15 @@ def opened(page: Similar, view: SimilarityView, choice: Choice, *, fresh: bool) 
 
 
 def planned(page: Similar, view: SimilarityView, choice: Choice, plan: PlanView) -> Updates:
-    """The plan drawn on the maps, in cards, in words and in a table."""
+    """The plan drawn on the maps, in cards, in words and in a table; of temporal blocks the maps alone."""
     measure: SharingMeasure = choice.measure
+    shares = view.part == SPATIAL
     return {
         page.source: choice.source,
         page.blocks_map: _blocks(view, measure, plan, block_of(view, choice.block)),
         page.heads_map: _heads(view, measure, plan, block_of(view, choice.block)),
-        page.summary: sharing.plan_summary(view, plan),
-        page.group_table: sharing.group_table(view, plan, measure),
+        page.summary: sharing.plan_summary(view, plan) if shares else "",
+        page.group_table: sharing.group_table(view, plan, measure) if shares else "",
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import gradio as gr
@@ -18,15 +18,17 @@ from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed,
 from studio.services import models
 from studio.services import sharing as runs
 from studio.services.form import Form
+from studio.services.parts import SPATIAL, TEMPORAL
 from studio.services.similarity import Choice, SimilarityView, check_measure, slider_range
 from studio.services.stored import command_line
 from studio.state import ATTENTION_STAGES, LiveRun, Progress
 
 Updates = dict[Any, Any]
-SPATIAL = (
-    "Spatial attention only: the temporal blocks, which attend across the frames, are neither measured here nor "
-    "shared by a plan."
+NO_TEMPORAL = (
+    "Spatial attention only: this measurement has no temporal blocks, which attend across the frames; press Measure to "
+    "have them as well."
 )
+TEMPORAL_ONLY_SEEN = "Temporal blocks attend across the frames and are only looked at: a plan shares the spatial ones."
 RANDOM = "This model has random weights: its times are real, but how alike its branches attend says nothing."
 
 
@@ -58,10 +60,12 @@ def build(strip: gr.HTML, problem: gr.HTML, saved: gr.BrowserState) -> GuidanceP
         cancel = gr.Button("Cancel", elem_id="cancel-attention", min_width=90)
     with gr.Row(elem_classes="tr-choose"):
         stored = gr.Dropdown(
-            [], label="Measurement", elem_id="measurement", interactive=True, filterable=False, visible=False
-        )
+            [], label="Measurement", elem_id="measurement", interactive=True, filterable=False, visible=False,
+            min_width=260, scale=3,
+        )  # fmt: skip
+        part = similarity.build_part()
     empty, note = gr.HTML(elem_id="guidance-empty"), gr.HTML(elem_id="guidance-note")
-    similar = similarity.build()
+    similar = similarity.build(part)
     command = command_box(label="The command that repeats this measurement", elem_id="measure-command")
     used = sharing.build(strip, problem, saved)
     return GuidancePage(strip, problem, count, measure, cancel, empty, stored, note, similar, used, command)
@@ -82,6 +86,7 @@ def wire(
         trigger(handlers.show, [controls.model, *chosen], everything, **quiet)
     for trigger in (page.stored.input, similar.measure.input):
         trigger(handlers.open, chosen, everything, **quiet)
+    similar.part.input(handlers.turn, chosen, everything, **quiet)
     for trigger, source in (
         (similar.threshold.input, "threshold"), (similar.groups.input, "threshold"),
         (similar.published.click, "published"), (similar.none.click, "none"),
@@ -123,6 +128,10 @@ class _Handlers:
         """Draw a measurement or a measure that was just chosen, with the slider at its start."""
         return self._drawn(run_id, Choice(*choice), fresh=True)
 
+    def turn(self, run_id: Any, *choice: Any) -> Updates:
+        """Show the other blocks of the measurement; the threshold stays."""
+        return self._drawn(run_id, Choice(*choice), fresh=False)
+
     def plan_from(self, source: str) -> Callable[..., Updates]:
         """A handler that draws the plan of one source."""
 
@@ -158,7 +167,8 @@ class _Handlers:
 
     def look_at(self, event: gr.EventData, run_id: Any, *choice: Any) -> Updates:
         """Show the heads of the block of the clicked cell."""
-        return self.look(run_id, *choice[:-1], event._data.get("row") if isinstance(event._data, dict) else None)
+        row = event._data.get("row") if isinstance(event._data, dict) else None
+        return self.look(run_id, *astuple(replace(Choice(*choice), block=row)))
 
     def cancel(self, request: gr.Request) -> None:
         """Ask this visitor's job to stop."""
@@ -184,10 +194,10 @@ class _Handlers:
     def _drawn(self, run_id: Any, choice: Choice, *, fresh: bool) -> Updates:
         page = self.page
         try:
-            view = self.studio.similarities.open(run_id if isinstance(run_id, str) else None)
-            if fresh and view is not None:
-                start = slider_range(view, check_measure(choice.measure)).start
-                groups = min(int(choice.groups or 1), len(view.timesteps))
+            spatial = self.studio.similarities.open(run_id if isinstance(run_id, str) else None)
+            if fresh and spatial is not None:
+                start = slider_range(spatial, check_measure(choice.measure)).start
+                groups = min(int(choice.groups or 1), len(spatial.timesteps))
                 choice = replace(choice, source="threshold", threshold=start, groups=groups)
             view, choice, plan = self.studio.similarities.asked(run_id, choice)
         except Exception as error:
@@ -195,8 +205,8 @@ class _Handlers:
         run = self.studio.runs.open(view.id)
         return {
             page.command: shown(command_line(run) if run else ""),
-            page.empty: "", page.note: self._note(view), page.use.box: gr.Column(visible=True),
-            **similarity.opened(page.similar, view, choice, fresh=fresh),
+            page.empty: "", page.note: self._note(view), page.use.box: gr.Column(visible=view.part == SPATIAL),
+            **similarity.opened(page.similar, view, spatial or view, choice, fresh=fresh),
             **similarity.planned(page.similar, view, choice, plan),
             page.similar.lines: similarity.lines(view, choice, plan),
         }  # fmt: skip
@@ -204,7 +214,9 @@ class _Handlers:
     def _note(self, view: SimilarityView) -> str:
         if models.kind(self.studio.core, view.model) == "speed":
             return html.notice(RANDOM, "warning")
-        return html.notice(SPATIAL if view.frame_by_frame else "", "info")
+        if view.part == TEMPORAL:
+            return html.notice(TEMPORAL_ONLY_SEEN, "info")
+        return html.notice(NO_TEMPORAL if view.frame_by_frame and view.temporal is None else "", "info")
 
     def _nothing(self, model: str) -> Updates:
         page = self.page
@@ -216,5 +228,6 @@ class _Handlers:
             page.stored: gr.Dropdown(choices=[], value=None, visible=False),
             page.empty: html.empty_state(f"No measurement of {model} yet", said),
             page.note: "", page.use.box: gr.Column(visible=False), page.similar.box: gr.Column(visible=False),
+            page.similar.part: gr.Radio(visible=False),
             page.command: shown(""),
         }  # fmt: skip

@@ -168,7 +168,7 @@ def metrics_table(run: StoredRun) -> str:
         error, cosine = found.get("output_error"), found.get("map_cosine")
         return html.notice(
             f"Attention of both guidance branches, mean over blocks and steps: relative output error {error:.3f}, "
-            f"map cosine {cosine:.3f}. The Guidance page draws it block by block.", "info",
+            f"map cosine {cosine:.3f}{_across_frames(found)}. The Guidance page draws it block by block.", "info",
         )  # fmt: skip
     scan = run.report.get("sensitivity")
     if isinstance(scan, dict) and scan.get("layers"):
@@ -177,6 +177,13 @@ def metrics_table(run: StoredRun) -> str:
     if run.state == "done":
         return html.notice("This run measured no recipe; what it left is stored and will be used again.", "info")
     return html.notice("This run ended before it measured anything.", "info")
+
+
+def _across_frames(found: dict[str, Any]) -> str:
+    temporal = found.get("temporal")
+    if not isinstance(temporal, dict):
+        return ""
+    return f"; across frames {temporal.get('output_error'):.3f} and {temporal.get('map_cosine'):.3f}"
 
 
 def recipe_rows(run: StoredRun) -> list[tuple[str, dict[str, Any]]]:

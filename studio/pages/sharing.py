@@ -19,7 +19,7 @@ from studio.services.similarity import Choice
 from studio.state import LiveRun, Progress
 
 Updates = dict[Any, Any]
-CHOICES = 5  # how many of a handler's values belong to the Choice; those of the form follow
+CHOICES = 6  # how many of a handler's values belong to the Choice; those of the form follow
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Handlers:
         """Put the plan into the comparisons to come, offer its file, and show the command."""
         page, controls = self.page, self.controls
         try:
-            view, _, plan = self.studio.similarities.asked(run_id, Choice(*values[:CHOICES]))
+            view, plan = self.studio.similarities.to_apply(run_id, Choice(*values[:CHOICES]))
             form = Form.of(*values[CHOICES:])
             if not plan.spec.active:
                 return self._without()
@@ -118,7 +118,7 @@ class Handlers:
         """One prompt with and without the plan, streaming previews."""
         page, view = self.page, self.page.trial
         try:
-            measured, _, plan = self.studio.similarities.asked(run_id, Choice(*values[:CHOICES]))
+            measured, plan = self.studio.similarities.to_apply(run_id, Choice(*values[:CHOICES]))
             form = Form.of(*values[CHOICES:])
             self._check_pictures(str(form.model))
             spec = sharing.trial_spec(form, base, plan.spec, measured.model)

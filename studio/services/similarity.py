@@ -14,6 +14,7 @@ import numpy as np
 
 from studio.services.core import Core
 from studio.services.form import number, whole
+from studio.services.parts import SPATIAL, TEMPORAL
 from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.presets import published_sharing
 from trdq_core.specs import SHARING_MEASURES, SharingMeasure, SharingSpec, TimeGroupSpec
@@ -48,6 +49,8 @@ class SimilarityView:
     blocks: dict[SharingMeasure, Array]  # (timesteps, blocks); the cosine is the mean over the heads
     heads: dict[SharingMeasure, Array]  # (timesteps, blocks, heads)
     largest_saving: float  # share of the attention FLOPs if every block shared at every step
+    part: str = SPATIAL  # where its blocks attend
+    temporal: SimilarityView | None = None  # beside the spatial blocks of a clip, where they were measured
 
     @property
     def model(self) -> str:
@@ -84,6 +87,7 @@ class Choice:
     groups: Any = 1
     source: Any = "threshold"
     block: Any = None  # the one least alike
+    part: Any = SPATIAL
 
 
 class SliderRange(NamedTuple):
@@ -132,20 +136,33 @@ class Similarities:
             if info.id not in self._open:
                 while len(self._open) >= MOST_OPEN:
                     self._open.pop(next(iter(self._open)))
-                self._open[info.id] = self._read(info.id, Path(info.folder))
+                self._open[info.id] = self._load(info.id, Path(info.folder))
             return self._open[info.id]
 
     def asked(self, run_id: Any, choice: Choice) -> tuple[SimilarityView, Choice, PlanView]:
-        """The measurement, the checked choice and its plan; TRDQError if there is no such thing."""
+        """The measurement, the checked choice and its plan; TRDQError if there is no such thing.
+
+        Plans share spatial attention only, so temporal blocks come with the plan that shares nothing.
+        """
         view = self.open(run_id if isinstance(run_id, str) else None)
         if view is None:
             raise CalibrationError("measurement: it is not there any more; choose another, or press Measure.")
-        choice = replace(choice, measure=check_measure(choice.measure))
+        part = TEMPORAL if choice.part == TEMPORAL and view.temporal is not None else SPATIAL
+        choice = replace(choice, measure=check_measure(choice.measure), part=part)
+        if part == TEMPORAL and view.temporal is not None:
+            return view.temporal, choice, self.none(view.temporal)
         if choice.source == "published":
             return view, choice, self.published(view)
         if choice.source == "none":
             return view, choice, self.none(view)
         return view, choice, self.by_threshold(view, choice.measure, choice.threshold, choice.groups)
+
+    def to_apply(self, run_id: Any, choice: Choice) -> tuple[SimilarityView, PlanView]:
+        """The plan to put into comparisons; TRDQError while temporal blocks are looked at, which have none."""
+        view, choice, plan = self.asked(run_id, choice)
+        if choice.part == TEMPORAL:
+            raise RecipeError("sharing plan: it is made from the spatial blocks; choose Spatial to see and apply it.")
+        return view, plan
 
     def by_threshold(self, view: SimilarityView, measure: Any, threshold: Any, groups: Any) -> PlanView:
         """The plan of a threshold in uniform time groups; RecipeError for a value that cannot be used."""
@@ -177,9 +194,15 @@ class Similarities:
         groups = np.array([cut.group_of(float(timestep)) for timestep in view.timesteps])
         return PlanView(spec, shared_cells(view.count, spec, groups), groups, said, group_labels(spec.edges))
 
-    def _read(self, run_id: str, folder: Path) -> SimilarityView:
+    def _load(self, run_id: str, folder: Path) -> SimilarityView:
+        source = self.core.similarity.Similarity.load(folder)
+        view, temporal = self._read(run_id, source), source.temporal
+        if temporal is None:
+            return view
+        return replace(view, temporal=replace(self._read(run_id, temporal), part=TEMPORAL))
+
+    def _read(self, run_id: str, source: Any) -> SimilarityView:
         try:
-            source = self.core.similarity.Similarity.load(folder)
             timesteps = np.asarray(source.timesteps, dtype=np.float64)
             order = np.argsort(timesteps)
             error, cosine, block = (

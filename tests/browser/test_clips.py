@@ -15,6 +15,7 @@ from tests.browser.conftest import Visit
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, press
 from tests.studio.fake_clips import FRAMES
 from tests.studio.fake_core import FakeCore
+from tests.studio.fake_sharing import BLOCKS, TEMPORAL_BLOCKS
 from trdq_core.presets import parse_recipe
 
 pytestmark = pytest.mark.browser
@@ -270,7 +271,25 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     page.get_by_role("tab", name="Guidance", exact=True).click()
     page.locator("#measure-attention").click()
     page.wait_for_selector("#blocks-map .tr-map-field")
-    page.wait_for_selector("#guidance-note >> text=Spatial attention only")
+    page.wait_for_selector("#sharing-plan .tr-cards")
+    rows = "n => JSON.parse(document.querySelector('#blocks-map .tr-map-field').dataset.map).v.length === n"
+    page.wait_for_function(rows, arg=BLOCKS)
+    threshold = page.locator("#threshold input[type=number]").input_value()
+    page.locator("#guidance-part label", has_text="Temporal").click()
+    page.wait_for_selector("#guidance-note >> text=only looked at")
+    page.wait_for_function(rows, arg=TEMPORAL_BLOCKS)
+    page.wait_for_function(
+        "n => document.querySelectorAll('#temporal .main-svg .scatterlayer .trace').length === n", arg=TEMPORAL_BLOCKS
+    )
+    for hidden in ("#threshold", "#published", "#sharing-plan", "#apply-plan", "#try"):
+        page.locator(hidden).wait_for(state="hidden")
+    field = page.locator("#blocks-map .tr-map-field")
+    field.click(position={"x": 40, "y": field.bounding_box()["height"] * 3.5 / TEMPORAL_BLOCKS})
+    page.wait_for_selector("#heads-map >> text=Heads of block 3")
+    picture(page, screenshots, "14-clips-guidance-temporal")
+    page.locator("#guidance-part label", has_text="Spatial").click()
+    page.wait_for_function(rows, arg=BLOCKS)
+    assert page.locator("#threshold input[type=number]").input_value() == threshold
     page.locator("#try").click()
     page.wait_for_selector("#trial-numbers >> text=mean over the frames of one clip")
     picture(page, screenshots, "11-clips-guidance")
@@ -281,3 +300,13 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     picture(page, screenshots, "12-clips-layers")
     assert no_sideways_scrolling(page)
     seen.check()
+
+    narrow = visit(fake_url, 390)
+    choose_video(narrow.page)
+    narrow.page.get_by_role("tab", name="Guidance", exact=True).click()
+    narrow.page.locator("#guidance-part label", has_text="Temporal").click()
+    narrow.page.wait_for_selector("#guidance-note >> text=only looked at")
+    narrow.page.wait_for_function(rows, arg=TEMPORAL_BLOCKS)
+    assert no_sideways_scrolling(narrow.page)
+    picture(narrow.page, screenshots, "14-clips-guidance-temporal")
+    narrow.check()

@@ -15,6 +15,7 @@ from trdq_core import inspection, metrics, outputs, runs
 from trdq_core.errors import BackendUnavailable, Cancelled
 from trdq_core.execution import samples
 from trdq_core.presets import parse_recipe
+from trdq_core.similarity import Similarity
 from trdq_core.specs import RunSpec, SharingSpec
 from trdq_core.video_files import filmstrip, read_png_sequence
 
@@ -163,6 +164,9 @@ def test_attention_is_measured_and_planned_on_clips(tiny_video_folder: Path, tmp
     wish = SharingSpec(target_psnr_db=12.0)
     report = runs.run(spec_of(tiny_video_folder, "attention", recipes=(), sharing=wish), tmp_path)
     assert len(report["similarity"]["block_error"]) == 2, "spatial blocks only"
+    found = Similarity.load(tmp_path).temporal
+    assert found is not None
+    assert report["similarity"]["temporal"]["block_error"] == found.block_error.mean(0).tolist()
     assert report["similarity"]["plan"]["blocks"] == [[0, 1]]
     assert report["similarity"]["plan"]["measured_prompts"] == 2
 

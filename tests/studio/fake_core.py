@@ -19,7 +19,7 @@ from tests.studio.fake_getting import FakeGetting, ModelInfo
 from tests.studio.fake_inspection import LAYERS as LAYERS
 from tests.studio.fake_inspection import FakeInspection
 from tests.studio.fake_sensitivity import FakeBudget, write_scan
-from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, uniform_groups, write_similarity
+from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, similarity_means, uniform_groups, write_similarity
 from trdq_core.errors import Cancelled, ModelError, RecipeError
 from trdq_core.specs import Recipe, RunSpec
 
@@ -203,8 +203,9 @@ class _FakeRun:
             self.say({"kind": "progress", "stage": "attention", "done": step + 1, "total": total, "recipe": None,
                       "eta_seconds": (total - step) * self.runs.pace, "detail": spec.prompts[step // spec.steps]})  # fmt: skip
         made = write_similarity(self.folder, spec)
-        means = {"map_cosine": float(made["map_cosine"].mean()), "output_error": float(made["block_error"].mean()),
-                 "block_error": made["block_error"].mean(0).tolist()}  # fmt: skip
+        means = similarity_means(made)
+        if "temporal" in made:
+            means["temporal"] = similarity_means(made["temporal"])
         return {"command": "attention", "recipes": {}, "similarity": means}
 
     def _scan(self) -> dict[str, Any]:

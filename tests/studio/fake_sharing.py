@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from trdq_core.errors import CalibrationError
 from trdq_core.specs import RunSpec, SharingSpec
 
-BLOCKS, HEADS = 8, 4
+BLOCKS, HEADS, TEMPORAL_BLOCKS = 8, 4, 6
 
 
 class FakeTimeGroups(NamedTuple):
@@ -34,12 +34,15 @@ class FakeSimilarity(NamedTuple):
     output_error: Any
     block_error: Any
     about: dict[str, Any]
+    temporal: FakeSimilarity | None = None
 
     @classmethod
     def load(cls, folder: Path) -> FakeSimilarity:
         try:
             about = json.loads((folder / "similarity.json").read_text())
-            return cls(tuple(about["timesteps"]), **load_file(folder / "similarity.safetensors"), about=about)
+            numbers = load_file(folder / "similarity.safetensors")
+            temporal = cls.load(folder / "temporal") if (folder / "temporal").is_dir() else None
+            return cls(tuple(about["timesteps"]), **numbers, about=about, temporal=temporal)
         except (OSError, ValueError, SafetensorError) as error:
             raise CalibrationError(f"similarity {folder.name}: damaged ({error}); measure it again.") from error
 
@@ -93,15 +96,34 @@ def uniform_groups(spec: Any) -> FakeTimeGroups:
 
 
 def write_similarity(folder: Path, spec: RunSpec) -> dict[str, Any]:
-    """The two files of a measurement, and the numbers in them."""
-    made = made_up_similarity(spec.steps, BLOCKS, HEADS)
-    save_file({name: np.ascontiguousarray(part) for name, part in made.items()}, folder / "similarity.safetensors")
+    """The two files of a measurement, of a clip also those of its temporal blocks, and the numbers in them."""
+    made, moving = made_up_similarity(spec.steps, BLOCKS, HEADS), spec.model == "pocket-video"
     about = {
         "format_version": 1, "timesteps": np.linspace(999, 50, spec.steps).round().tolist(), "model": spec.model,
-        "frames": 16 if spec.model == "pocket-video" else 1, "prompts": list(spec.prompts),
-        "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
-        "tokens": 64, "channels": 256, "blocks": [f"transformer_blocks.{block}.attn1" for block in range(BLOCKS)],
-        "created": "2026-11-21T05:00:00", "seconds": 3.0,
+        "prompts": list(spec.prompts), "steps": spec.steps, "guidance": spec.guidance, "seed": spec.seed,
+        "channels": 256, "created": "2026-11-21T05:00:00", "seconds": 3.0,
     }  # fmt: skip
-    (folder / "similarity.json").write_text(json.dumps(about))
+    if moving:
+        temporal = made_up_similarity(spec.steps, TEMPORAL_BLOCKS, HEADS)
+        temporal |= {"block_error": 2 * temporal["block_error"], "output_error": 2 * temporal["output_error"]}
+        names = [f"temporal_transformer_blocks.{block}.attn1" for block in range(TEMPORAL_BLOCKS)]
+        _write(folder / "temporal", temporal, about | {"tokens": 16, "patches": 64, "blocks": names})
+        made["temporal"] = temporal
+    names = [f"transformer_blocks.{block}.attn1" for block in range(BLOCKS)]
+    spatial = {name: part for name, part in made.items() if name != "temporal"}
+    _write(folder, spatial, about | {"tokens": 64, "frames": 16 if moving else 1, "blocks": names})
     return made
+
+
+def similarity_means(made: dict[str, Any]) -> dict[str, Any]:
+    """What the report says of a measurement."""
+    return {
+        "map_cosine": float(made["map_cosine"].mean()), "output_error": float(made["block_error"].mean()),
+        "block_error": made["block_error"].mean(0).tolist(),
+    }  # fmt: skip
+
+
+def _write(folder: Path, numbers: dict[str, Any], about: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    save_file({name: np.ascontiguousarray(part) for name, part in numbers.items()}, folder / "similarity.safetensors")
+    (folder / "similarity.json").write_text(json.dumps(about))

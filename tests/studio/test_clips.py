@@ -21,7 +21,7 @@ from studio.components import controls as sidebar
 from studio.components import curves, html
 from studio.components.curves import Curve
 from studio.context import Studio
-from studio.pages import compare, guidance
+from studio.pages import compare
 from studio.services import clips
 from studio.services.form import Form, compare_spec
 from studio.services.stored import StoredRun
@@ -189,16 +189,6 @@ def test_a_picture_run_has_no_player(studio: Studio, form: Form) -> None:
     assert run is not None
     assert not clips.makes_clips(run) and clips.partials(run) == []
     assert "temporal error" not in html.metrics_table([("fp", run.recipes["fp"])], None)
-
-
-def test_a_video_model_shares_within_frames(studio: Studio, moving: Form, form: Form) -> None:
-    with gr.Blocks():
-        page = guidance.build(*compare.build_strip(), gr.BrowserState(None))
-    handlers = guidance._Handlers(studio, page)
-    last = list(handlers.measure(visitor(), 1, *values(moving)))[-1]
-    assert "Spatial attention only" in last[page.note]
-    still = list(handlers.measure(visitor(), 1, *values(dataclasses.replace(form, steps=4))))[-1]
-    assert still[page.note] == ""
 
 
 def test_the_sidebar_follows_the_model() -> None:

@@ -34,7 +34,8 @@ from tests.studio.fake_core import FakeCore
 from trdq_core.errors import ModelError
 from trdq_core.specs import SharingSpec
 
-CHOICE = ("output_error", 0.15, 1, "threshold", 2)
+CHOICE = ("output_error", 0.15, 1, "threshold", 2, "spatial")
+NONE = ("output_error", 0.15, 1, "none", 2, "spatial")
 
 
 def visitor(name: str = "a") -> Any:
@@ -224,7 +225,7 @@ def test_apply_fills_the_sidebar_and_offers_file_and_command(
         assert SharingSpec.from_json(file.read()) == applied.plan
     command = updates[page.use.command].value
     assert "trdq_core attention --spec" in command and "--sharing plan.json" in command
-    off = use.apply(run_id, "output_error", 0.15, 1, "none", 2, *values(short))
+    off = use.apply(run_id, *NONE, *values(short))
     assert off[controls.applied] is None
     assert off[controls.share].value is False and off[controls.share].interactive is False
     bad = use.apply(run_id, *CHOICE, *values(dataclasses.replace(short, guidance=1)))
@@ -268,7 +269,7 @@ def test_a_trial_that_cannot_run_says_why(
 ) -> None:
     calls = len(handlers.studio.core.runs.calls)
     for choice, form, said in (
-        (("output_error", 0.15, 1, "none", 2), short, "shares no block"),
+        (NONE, short, "shares no block"),
         (CHOICE, dataclasses.replace(short, prompt=""), "it is empty"),
         (CHOICE, dataclasses.replace(short, model="/etc"), "the models here are"),
     ):

@@ -11,7 +11,7 @@ from trdq_core.auto_sharing import fulfil
 from trdq_core.execution.rows import REFERENCE, changed_row
 from trdq_core.execution.samples import sample_all
 from trdq_core.session import Session, changes, convert_for, statistics_for
-from trdq_core.similarity import measure_similarity
+from trdq_core.similarity import Similarity, measure_similarity
 from trdq_core.specs import Recipe
 
 
@@ -52,12 +52,10 @@ def attention(session: Session, report: dict[str, Any]) -> None:
         on_event=session.folder.emit, cancelled=session.cancelled,
     )  # fmt: skip
     similarity.save(session.folder.path)
-    report["similarity"] = {
-        "map_cosine": float(similarity.map_cosine.mean()),
-        "output_error": float(similarity.block_error.mean()),
-        "block_error": similarity.block_error.mean(0).tolist(),
-    }
-    for name in ("step_error", "guidance_change", "guidance_share"):
+    report["similarity"] = _means(similarity)
+    if similarity.temporal is not None:
+        report["similarity"]["temporal"] = _means(similarity.temporal)
+    for name in ("guidance_change", "guidance_share"):
         report["similarity"][name] = _without_nan(getattr(similarity, name))
     if wish is not None and wish.wished:
         if wish.target_psnr_db is not None:
@@ -66,6 +64,16 @@ def attention(session: Session, report: dict[str, Any]) -> None:
         plan = fulfil(session.model, similarity, wish, prompts=prompts, **reports)
         session.folder.write("plan.json", plan.to_json())
         report["similarity"]["plan"] = plan.to_dict()
+
+
+def _means(similarity: Similarity) -> dict[str, Any]:
+    """A measurement in a few numbers, and means over the steps for each block."""
+    return {
+        "map_cosine": float(similarity.map_cosine.mean()),
+        "output_error": float(similarity.block_error.mean()),
+        "block_error": similarity.block_error.mean(0).tolist(),
+        "step_error": _without_nan(similarity.step_error),
+    }
 
 
 def _without_nan(values: Tensor) -> list[float]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core import branches
-from trdq_core.nn.attention import Map, Projections, additive_mask, map_blocks
+from trdq_core.nn.attention import Map, Projections, additive_mask, map_blocks, score_rows
 from trdq_core.timegroups import TimeContext
 
 
@@ -39,17 +39,36 @@ class Gap(NamedTuple):
 def measure_gap(conditional: Map, unconditional: Map, values: Tensor) -> Gap:
     """The gap of one call from both maps (batch, heads, tokens, width) and the unconditional values.
 
-    Goes by row blocks of one head: two blocks of scores are in memory at a time, never a whole map.
+    Goes by row blocks of one head: two blocks of scores are in memory at a time, never a whole map. Short maps, as of
+    attention across the frames of a clip, go by as many items at once as fit into the same memory.
     """
-    heads = values.shape[1]
+    batch, heads, tokens, _ = conditional.q.shape
+    keys = conditional.k.shape[2]
+    items = score_rows(keys, batch * heads * tokens) // (heads * tokens)
     sums = torch.zeros(5, heads, dtype=torch.float64)
+    if items:
+        for start in range(0, batch, items):
+            part = slice(start, start + items)
+            sums += _sums(_whole(conditional, part), _whole(unconditional, part), values[part].float())
+        return Gap(*sums)
     pairs = zip(map_blocks(conditional), map_blocks(unconditional), strict=True)
     for (item, head, _, own), (_, _, _, other) in pairs:
-        value = values[item, head].float()
-        expected = other @ value
-        parts = (own * other, own.square(), other.square(), (own @ value - expected).square(), expected.square())
-        sums[:, head] += torch.stack([part.sum() for part in parts]).double().cpu()
+        sums[:, head] += _sums(own[None, None], other[None, None], values[item, head].float()[None, None])[:, 0]
     return Gap(*sums)
+
+
+def _whole(source: Map, part: slice) -> Tensor:
+    """The maps of some items (items, heads, tokens, keys), fp32."""
+    q, k = source.q[part].float(), source.k[part].float() * source.q.shape[-1] ** -0.5
+    scores = q @ k.transpose(-1, -2)
+    return (scores if source.mask is None else scores + source.mask[part]).softmax(-1)
+
+
+def _sums(own: Tensor, other: Tensor, value: Tensor) -> Tensor:
+    """The five sums of a `Gap` (5, heads) over maps (items, heads, rows, keys) and values (items, heads, keys, width)."""
+    expected = other @ value
+    parts = (own * other, own.square(), other.square(), (own @ value - expected).square(), expected.square())
+    return torch.stack([part.sum((0, 2, 3)) for part in parts]).double().cpu()
 
 
 class MeasuringAttention:
@@ -64,8 +83,8 @@ class MeasuringAttention:
         self.seen: dict[float, list[Gap]] = {}
         self.moved: dict[float, list[float]] = {}  # nothing at the first step of a run
         self._before: dict[str, tuple[float, Tensor]] = {}
-        self.tokens = 0
-        self.parts = 1  # calls on a clip look at each of its frames alone: how many a branch has
+        self.tokens = self.channels = 0
+        self.parts = 1  # calls on a clip look at each frame, or at each patch over time, alone: how many a branch has
 
     def __call__(
         self,
@@ -102,17 +121,17 @@ class MeasuringAttention:
                 Map(*(None if part is None else part[rows] for part in source))
                 for rows in (slice(None, half), slice(half, None))
             )
-            self._add(measure_gap(second, first, values[:half]), x.shape[1], half)
+            self._add(measure_gap(second, first, values[:half]), x[:half])
             return
         other = "unconditional" if step.branch == "conditional" else "conditional"
         waiting = step.kept.pop((self, other), None)
         if waiting is None:
             step.kept[self, step.branch] = (source, values)
         elif step.branch == "unconditional":
-            self._add(measure_gap(waiting[0], source, values), x.shape[1], len(x))
+            self._add(measure_gap(waiting[0], source, values), x)
         else:
-            self._add(measure_gap(source, *waiting), x.shape[1], len(x))
+            self._add(measure_gap(source, *waiting), x)
 
-    def _add(self, gap: Gap, tokens: int, parts: int) -> None:
+    def _add(self, gap: Gap, x: Tensor) -> None:
         self.seen.setdefault(self.time.timestep, []).append(gap)
-        self.tokens, self.parts = tokens, parts
+        self.parts, self.tokens, self.channels = x.shape
