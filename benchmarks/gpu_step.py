@@ -84,7 +84,8 @@ def denoisers(size: Size, device: torch.device, dtype: torch.dtype, backend: dis
     found: dict[str, nn.Module] = {"bf16": copy.deepcopy(base).to(device, dtype)}
     for name, recipe in recipes(size.layers).items():
         made = convert(base, layers, recipe, made_up_statistics(layers), backend=backend, storage_folder=None)
-        found[name] = made.denoiser.to(device, dtype)
+        # Moving chooses kernels anew; without a GPU the interpreter has what was asked for already.
+        found[name] = made.denoiser if device.type == "cpu" else made.denoiser.to(device, dtype)
     return found
 
 
