@@ -188,10 +188,10 @@ def _fit_inputs(
     """Every quantized input of a denoiser in model order, each fitted when it is asked for."""
     steps_of_sets = set_steps(recipe, statistics)
     for index, group in enumerate(inputs):
-        weights = {layer.name: linear_of(denoiser, layer.name).weight.detach() for layer in group.layers}
         yield fit_input(
             group,
-            weights,
+            # Not kept here: in place these are the last references, and the weights go when the input is replaced.
+            {layer.name: linear_of(denoiser, layer.name).weight.detach() for layer in group.layers},
             statistics.layer(group.statistics_name),
             steps_of_sets,
             do_no_harm=recipe.do_no_harm,
