@@ -210,3 +210,10 @@ def test_looking_into_a_layer_takes_a_recipe_and_no_prompts() -> None:
 def test_memory_is_passed_over_only_where_it_is_said() -> None:
     assert not spec_of("compare").anyway
     assert spec_of("compare", "--anyway").anyway
+
+
+def test_sizes_are_those_that_were_asked_for() -> None:
+    assert spec_of("compare").size == {}
+    assert spec_of("sample", "--height", "64", "--frames", "8").size == {"height": 64, "frames": 8}
+    with pytest.raises(RecipeError, match="width: got 0; allowed is 1 to 8192"):
+        spec_of("sample", "--width", "0")

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, PixArtSigmaPipeline
 
 import trdq_core
 from trdq_core import cli, runs
+from trdq_core.adapters import random_pixart
 from trdq_core.errors import ModelError, RecipeError
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.presets import parse_recipe
@@ -48,6 +49,20 @@ def test_without_a_place_the_model_is_in_the_run_folder(tiny_folder: Path, tmp_p
     assert report["saved"]["folder"] == str(tmp_path / "run" / "model")
     assert report["saved"]["bit_equal"] is None  # nothing was sampled
     assert (tmp_path / "run" / "model" / "model_index.json").is_file()
+
+
+def test_a_model_without_pictures_is_saved_and_compared_by_its_latents(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(random_pixart.LAYERS, "random-pixart-xl", 1)
+    spec = RunSpec(command="save", model="random-pixart-xl", recipes=(parse_recipe("rtn-w4a8"),), steps=2,
+                   prompts=("owl",), calibration_prompts=("owl",))  # fmt: skip
+    report = runs.run(spec, tmp_path / "run")
+    row = report["recipes"]["rtn-w4a8"]
+    assert report["saved"]["bit_equal"] is True
+    assert row["convert_peak_rss_bytes"] > 50 << 20 and row["peak_rss_bytes"] > 50 << 20
+    assert row["file_bytes"] > 0 and 2 * row["bf16_file_bytes"] == report["saved"]["fp_denoiser_bytes"]
+    assert "psnr" not in row
 
 
 @pytest.mark.parametrize("names", [(), ("fp",), ("rtn-w8a8", "rtn-w4a8"), ("fp", "rtn-w8a8")])

@@ -25,6 +25,23 @@ def test_columns_without_a_number_are_left_out() -> None:
     assert header.split() == ["recipe", "weights", "of", "FP32"]
 
 
+def test_peaks_and_the_file_are_said_where_they_were_measured() -> None:
+    facts = {
+        "convert_peak_rss_bytes": 3 << 30,
+        "peak_rss_bytes": 2 << 30,
+        "file_bytes": 1 << 20,
+        "bf16_file_bytes": 4 << 20,
+    }
+    lines = terminal.report_text({"recipes": {"fp": {}, "rtn-w8a8": facts}}).splitlines()
+    said = (
+        "peak memory 3.00 GiB while it was converted, 2.00 GiB while it sampled; 1.00 MiB in a file, 0.250 of 4.00 MiB"
+    )
+    assert f"rtn-w8a8: {said} in bfloat16" in lines
+    assert not any(line.startswith("fp: peak") for line in lines)
+    short = terminal.report_text({"recipes": {"rtn": {"convert_peak_rss_bytes": 1024}}})
+    assert short.endswith("rtn: peak memory 1.00 KiB while it was converted")
+
+
 @pytest.mark.parametrize(
     ("count", "text"),
     [(None, "-"), (0, "0 B"), (1023, "1023 B"), (1024, "1.00 KiB"), (15 * 2**20, "15.0 MiB"), (2**41, "2048.0 GiB")],

@@ -17,6 +17,7 @@ from trdq_core.model_flags import (
     add_model_flags,
     add_models_command,
     add_runs_command,
+    add_size,
 )
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.prompts import CALIBRATION_PROMPTS, FALLBACK_PROMPTS, stored_prompts
@@ -49,6 +50,7 @@ DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "eva
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 RUN_FIELDS = (
     "model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub", "trace",
+    "height", "width", "frames",
 )  # fmt: skip
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
@@ -224,6 +226,7 @@ def _add_run(parser: Parser, command: str) -> None:
             metavar="FILE",
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
+    add_size(parser)
     add_anyway(parser)
     if command == "save":
         add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from trdq_core.allocator import release_free_memory
 from trdq_core.attention_products import QuantizedProducts
 from trdq_core.errors import CalibrationError, ModelError
 from trdq_core.events import OnEvent, Progress, ignore
@@ -21,13 +22,15 @@ from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import module_bytes, replace_module, share_copy
 from trdq_core.nn.switched import SwitchedSets, keep_first_set, set_buffers, write_sets
-from trdq_core.passes import NO_PASSES, ModelPasses, RangeRequest
+from trdq_core.passes import NO_PASSES, ModelPasses, RangeRequest, Ranges
 from trdq_core.plan import InputGroup, LayerInfo, group_inputs
 from trdq_core.scale_search import OutputSamples
 from trdq_core.sharing import Sharing, apply_sharing, shared_copy
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
 from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
+
+OBSERVED_RANGES = ("minmax", "ema")  # of static inputs: what spans every value, or follows the items
 
 
 @dataclass
@@ -136,6 +139,8 @@ def convert(
 ) -> Conversion:
     """A quantized copy of `denoiser`, itself untouched unless `in_place`; time groups follow its `argument` from then on.
 
+    The copy shares what stays in full precision, and each input is quantized as soon as it is fitted where nothing has to
+    look at all fits together. In place the full-precision weights go one by one; what fails midway leaves it half converted.
     `passes` sample the whole model again for what statistics cannot give: static ranges, curvature, reconstruction,
     attention products. CalibrationError names the one that a recipe needs and does not find.
     """
@@ -150,13 +155,16 @@ def convert(
     curvature = _curvature(inputs, passes)
     progress = Progress("fit", len(inputs), on_event=on_event, cancelled=cancelled, recipe=recipe.name)
     fits = _fit_inputs(denoiser, inputs, recipe, statistics, curvature, progress, seed)
-    ranges = static_ranges(fits, groups, statistics, passes)
-    if recipe.reconstruction is not None:
-        fits, conversion.reconstruction = passes.reconstructed(fits, ranges, recipe)
-    while fits:  # emptied as it goes, so that packed and unpacked integers are not held together
-        fitted = fits.pop(0)
-        install_input(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name, ()))
-        conversion.fitted.append(without_weights(fitted))
+    if recipe.reconstruction is not None or any(_observed(group) for group in inputs):
+        held = list(fits)
+        ranges = static_ranges(held, groups, statistics, passes)
+        if recipe.reconstruction is not None:
+            held, conversion.reconstruction = passes.reconstructed(held, ranges, recipe)
+        while held:  # emptied as it goes, so that packed and unpacked integers are not held together
+            _install(conversion, held.pop(0), ranges, denoiser, backend)
+    else:
+        for fitted in fits:
+            _install(conversion, fitted, static_ranges([fitted], groups, statistics, passes), denoiser, backend)
     if recipe.storage == "switched" and len(set_steps(recipe, statistics)) > 1:
         _switch(conversion, storage_folder, statistics)
     conversion.fused = fuse(copy)
@@ -176,24 +184,40 @@ def _fit_inputs(
     curvature: dict[str, OutputSamples],
     progress: Progress,
     seed: int,
-) -> list[FittedInput]:
-    """Every quantized input of a denoiser, fitted in model order."""
+) -> Iterator[FittedInput]:
+    """Every quantized input of a denoiser in model order, each fitted when it is asked for."""
     steps_of_sets = set_steps(recipe, statistics)
-    fits: list[FittedInput] = []
     for index, group in enumerate(inputs):
-        weights = {layer.name: linear_of(denoiser, layer.name).weight.detach() for layer in group.layers}
-        fitted = fit_input(
+        yield fit_input(
             group,
-            weights,
+            # Not kept here: in place these are the last references, and the weights go when the input is replaced.
+            {layer.name: linear_of(denoiser, layer.name).weight.detach() for layer in group.layers},
             statistics.layer(group.statistics_name),
             steps_of_sets,
             do_no_harm=recipe.do_no_harm,
             seed=seed + index,
             curvature=curvature,
         )
-        fits.append(fitted)
+        release_free_memory()
         progress.advance(group.layers[0].name)
-    return fits
+
+
+def _install(
+    conversion: Conversion,
+    fitted: FittedInput,
+    ranges: Ranges,
+    denoiser: nn.Module,
+    backend: dispatch.Backend,
+) -> None:
+    """Put one input into the conversion, which keeps what is known of it."""
+    install_input(conversion, fitted, denoiser, backend, ranges.get(fitted.group.layers[0].name, ()))
+    conversion.fitted.append(without_weights(fitted))
+
+
+def _observed(group: InputGroup) -> bool:
+    """Whether a second pass over the model has to see the range of this input, and for that every transform."""
+    spec = group.rule.activation
+    return spec is not None and not spec.dynamic and spec.range in OBSERVED_RANGES
 
 
 def convert_sharing_only(
@@ -236,7 +260,7 @@ def static_ranges(
             continue
         count = groups.count if spec.per_time_group else len(fitted.distinct)
         requests[fitted.group.layers[0].name] = RangeRequest(fitted, spec, count)
-    observed = {name: r for name, r in requests.items() if r.spec.range in ("minmax", "ema")}
+    observed = {name: r for name, r in requests.items() if _observed(r.fitted.group)}
     found = dict(passes.observed_ranges(observed, groups)) if observed else {}
     for name, request in requests.items():
         if name not in found:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from trdq_core.allocator import release_free_memory
 from trdq_core.convert import Conversion, check_unquantized, install_input, linear_of, without_weights
 from trdq_core.errors import RecipeError
 from trdq_core.fitting import FittedInput, FittedSet
@@ -52,6 +53,8 @@ def convert_without_data(
         fitted = FittedInput(group, (one,), (), 0.0, 0.0, True)
         install_input(conversion, fitted, denoiser, backend, ())
         conversion.fitted.append(without_weights(fitted))
+        del weights, one, fitted  # else the unpacked integers live until the next input is rounded
+        release_free_memory()
     conversion.fused = fuse(denoiser)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)

@@ -22,6 +22,14 @@ def add_anyway(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """How large pictures or clips are, of models that make several sizes."""
+    for name, unit in (("height", "pixels"), ("width", "pixels"), ("frames", "frames of a clip")):
+        parser.add_argument(
+            f"--{name}", type=int, metavar="N", help=f"{unit}, where the pipeline takes it (default: its own)"
+        )
+
+
 def add_models_command(commands: Any) -> argparse.ArgumentParser:
     """The command that lists models."""
     one = commands.add_parser("models", help="list the models at hand", argument_default=argparse.SUPPRESS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -135,9 +136,10 @@ def memory_of(name: str, device: Device | None = None) -> Preflight | None:
     return preflight(name, folder, device)
 
 
-def load_model(name: str, *, anyway: bool = True) -> SampledModel:
+def load_model(name: str, *, anyway: bool = True, size: Mapping[str, int] | None = None) -> SampledModel:
     """The model called `name`, or in the diffusers folder `name` (command line only); ModelError says what is wrong.
 
+    `size` holds height, width and frames where they are not the model's own; ModelError if it does not make that size.
     Unless `anyway`, MemoryShort where it needs more memory than there is.
     """
     folder = find_folder(name)
@@ -147,7 +149,7 @@ def load_model(name: str, *, anyway: bool = True) -> SampledModel:
         check_memory(memory_of(name))
     from trdq_core.adapters import load_adapter  # diffusers takes seconds to import; listing models must not wait
 
-    return load_adapter(listed_name(name), folder)
+    return load_adapter(listed_name(name), folder, size)
 
 
 def layers_of_model(name: str) -> tuple[LayerInfo, ...]:

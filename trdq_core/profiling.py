@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import inspect
 import statistics
@@ -15,6 +14,8 @@ from typing import Any
 import psutil
 import torch
 from torch import nn
+
+from trdq_core.allocator import release_free_memory
 
 WARM_UP = 3
 
@@ -74,8 +75,7 @@ def reset_peak_memory() -> None:
     Memory that is free but still held by the allocator goes back to the system first, or the next peak would count it.
     """
     gc.collect()
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    release_free_memory()
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     if torch.cuda.is_available():

@@ -115,6 +115,7 @@ def report_text(report: Mapping[str, Any]) -> str:
                 "simulated: computed in full precision on the rounded values; it shows quality only, so it has no times."
             )
         lines += [f"left out: {facts['error']}" for facts in recipes.values() if facts.get("kind") == "failed"]
+    lines += [_memory_line(name, facts) for name, facts in recipes.items() if facts.get("convert_peak_rss_bytes")]
     if any(facts.get("split") for facts in recipes.values()):
         lines += ["", *profile_lines(report)]
     lines += _sharing_lines(report)
@@ -298,6 +299,19 @@ def _layers_line(name: str, facts: Mapping[str, Any]) -> str:
     kernels = ", ".join(f"{kernel} x {count}" for kernel, count in facts["kernels"].items())
     rejected = len(facts.get("rejected") or ())
     return f"{name}: {kernels}" + (f"; transforms rejected by the do-no-harm gate: {rejected}" if rejected else "")
+
+
+def _memory_line(name: str, facts: Mapping[str, Any]) -> str:
+    """The peaks of the process while it converted and sampled, and the denoiser's file beside one in bfloat16."""
+    peaks = f"{name}: peak memory {size(facts['convert_peak_rss_bytes'])} while it was converted"
+    if facts.get("peak_rss_bytes"):
+        peaks += f", {size(facts['peak_rss_bytes'])} while it sampled"
+    packed, half = facts.get("file_bytes"), facts.get("bf16_file_bytes")
+    return (
+        f"{peaks}; {size(packed)} in a file, {packed / half:.3f} of {size(half)} in bfloat16"
+        if packed and half
+        else peaks
+    )
 
 
 def _reference_line(report: Mapping[str, Any]) -> str:

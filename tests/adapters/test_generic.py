@@ -63,6 +63,35 @@ def test_foreign_folders_are_refused_in_one_sentence(tmp_path: Path, index: dict
     assert "\n" not in str(caught.value)
 
 
+def test_sizes_that_a_pipeline_takes_shape_its_latents() -> None:
+    shapes = []
+    for side in (16, 32):
+        model = TransformerModel.of(build("sd3"), "sd3", {"height": side, "width": side})
+        model.provide(PROMPT, embeddings_of("sd3", PROMPT))
+        model.check_size()
+        shapes.append(model.initial_latents(0).shape)
+    assert [2 * small for small in shapes[0][-2:]] == list(shapes[1][-2:])
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [({"frames": 8}, "takes no frames; it takes height and width, leave --frames out"),
+     ({"height": 17, "width": 17}, "does not make height 17, width 17 .*; choose another size")],
+)  # fmt: skip
+def test_other_sizes_are_refused_in_one_sentence(size: dict[str, int], words: str) -> None:
+    model = TransformerModel.of(build("sd3"), "sd3", size)
+    model.provide(PROMPT, embeddings_of("sd3", PROMPT))
+    with pytest.raises(ModelError, match=words) as caught:
+        model.check_size()
+    assert "\n" not in str(caught.value)
+
+
+def test_models_of_one_size_refuse_another(tiny_folder: Path) -> None:
+    for name, folder in (("random-dit", None), ("tiny", tiny_folder)):
+        with pytest.raises(ModelError, match=f"model {name}: got --height 64, and it makes one size only"):
+            load_adapter(name, folder, {"height": 64})
+
+
 def test_layers_of_foreign_folders_are_refused_too(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(UNET))
     with pytest.raises(ModelError, match="its denoiser is a UNet"):

@@ -7,6 +7,7 @@ import torch
 
 from trdq_core.numerics.packing import pack_bits, unpack_bits
 from trdq_core.specs import QuantSpec
+from trdq_core.weights.grids import fit_grid
 from trdq_core.weights.rounding import quantize_weight
 from trdq_core.weights.stored import CodedWeight, QuantizedWeight, dequantize_weight, level_table, packed_bytes
 
@@ -33,6 +34,21 @@ def test_invariant_24_packed_codes_come_back(spec: QuantSpec) -> None:
     assert torch.equal(back, codes)
     packed = stored._replace(codes=back) if isinstance(stored, CodedWeight) else stored
     assert torch.equal(dequantize_weight(packed), dequantize_weight(stored))
+
+
+@pytest.mark.parametrize("spec", [*SPECS, QuantSpec(bits=8, symmetric=False)])
+def test_in_float32_a_weight_is_the_exact_one_rounded_once(spec: QuantSpec) -> None:
+    stored = quantize_weight(weight(), spec)
+    assert torch.equal(dequantize_weight(stored, torch.float32), dequantize_weight(stored).float())
+
+
+@pytest.mark.parametrize("spec", SPECS[:3])
+def test_rounding_to_nearest_is_encoding_the_nearest_values(spec: QuantSpec) -> None:
+    grid = fit_grid(weight(), spec)
+    begun, stored = weight(), quantize_weight(weight(), spec)
+    again = grid.encode(grid.nearest(begun.double()))
+    assert all(torch.equal(a, b) for a, b in zip(stored, again, strict=True) if isinstance(a, torch.Tensor))
+    assert torch.equal(begun, weight())  # rounded out of place
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
+from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import SampledModel
 
 
-def load_adapter(name: str, folder: Path | None) -> SampledModel:
-    """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong."""
+def load_adapter(name: str, folder: Path | None, size: Mapping[str, int] | None = None) -> SampledModel:
+    """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong.
+
+    `size` holds height, width and frames that are not the model's own; most families with an adapter of theirs have one size.
+    """
     if folder is None:
+        _check_one_size(name, size)
         from trdq_core.adapters import random_dit, random_pixart
 
         return random_pixart.RandomPixArt(name) if name in random_pixart.LAYERS else random_dit.RandomDiT(name)
@@ -21,10 +27,22 @@ def load_adapter(name: str, folder: Path | None) -> SampledModel:
     index = check_folder(folder, None)
     reads_text = index.get("text_encoder") not in (None, [None, None])
     if index["_class_name"] in latte.PIPELINES and reads_text:
+        _check_one_size(name, size)
         return latte.LatteModel(folder, shown)
     if index["_class_name"] in pixart.PIPELINES and reads_text:
+        _check_one_size(name, size)
         return pixart.PixArtModel(folder, shown)
-    return generic.TransformerModel(folder, shown)
+    model = generic.TransformerModel(folder, shown, size)
+    model.check_size()
+    return model
+
+
+def _check_one_size(name: str, size: Mapping[str, int] | None) -> None:
+    if size:
+        asked = ", ".join(f"--{key} {value}" for key, value in size.items())
+        raise ModelError(
+            f"model {name}: got {asked}, and it makes one size only; leave --height, --width and --frames out."
+        )
 
 
 def layers_of(name: str, folder: Path | None) -> tuple[LayerInfo, ...]:

@@ -66,6 +66,18 @@ class TransformerModel(PipelineModel):
         model._begin(size)
         return model
 
+    def check_size(self) -> None:
+        """ModelError if the pipeline does not make pictures or clips of the size that was asked for."""
+        size, taken = self._run.size, self._run.sizes_taken
+        for name in size:
+            if name not in taken:
+                others = f"it takes {' and '.join(taken)}" if taken else "it makes one size only"
+                raise ModelError(f"model {self.name}: its pipeline takes no {name}; {others}, leave --{name} out.")
+        if size:
+            asked = ", ".join(f"{name} {value}" for name, value in size.items())
+            with one_sentence(f"model {self.name}: its pipeline does not make {asked}", "choose another size"):
+                self.initial_latents(0)
+
     def _begin(self, size: Mapping[str, int] | None) -> None:
         self._run = StockRun(self.pipeline, size or {})
         self._prompts = Prompts(self._run, self.name, self.device, self.dtype)

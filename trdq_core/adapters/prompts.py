@@ -97,7 +97,7 @@ def _stacked(value: Tensor | Sequence[Tensor]) -> Tensor:
 
 
 @contextmanager
-def one_sentence(what: str) -> Iterator[None]:
+def one_sentence(what: str, advice: str = "choose another model or update diffusers") -> Iterator[None]:
     """Errors of the libraries as a ModelError of one sentence."""
     try:
         yield
@@ -105,4 +105,4 @@ def one_sentence(what: str) -> Iterator[None]:
         raise
     except _LIBRARY_ERRORS as error:
         reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{what} ({reason}); choose another model or update diffusers.") from error
+        raise ModelError(f"{what} ({reason}); {advice}.") from error

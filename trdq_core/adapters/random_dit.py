@@ -43,6 +43,7 @@ class RandomModel(ABC):
 
     timestep_argument = "timestep"
     clip = None
+    decodes = False  # there is no decoder, so a run ends with latents
 
     def __init__(self, name: str, denoiser: nn.Module) -> None:
         self.name = name

@@ -26,6 +26,11 @@ class StockRun:
         self._config = pipeline.transformer.config
 
     @property
+    def sizes_taken(self) -> tuple[str, ...]:
+        """Which of height, width and frames the pipeline's call takes."""
+        return tuple(dict.fromkeys(key for name, key in _SIZES.items() if name in self.taken))
+
+    @property
     def by_class(self) -> bool:
         """Whether it draws classes and takes no text."""
         return "class_labels" in self.taken

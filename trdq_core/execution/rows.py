@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+import time
 from typing import Any
 
 import numpy as np
 import torch
 
-from trdq_core import metrics
+from trdq_core import metrics, profiling
 from trdq_core.convert import Conversion
 from trdq_core.execution.samples import Samples
 from trdq_core.nn.modules import module_bytes
 from trdq_core.peers.convert import PeerConversion
 from trdq_core.plan import rule_for
-from trdq_core.session import Session
+from trdq_core.session import Session, convert_for
 from trdq_core.specs import Recipe
+from trdq_core.statistics import Statistics
 
 REFERENCE, NOISE_FLOOR = "fp", "fp-again"
 
@@ -27,14 +29,31 @@ def changed_row(session: Session, conversion: Conversion | PeerConversion, sampl
     return {**facts, **samples.row(), **times}
 
 
+def measured_conversion(
+    session: Session, recipe: Recipe, statistics: Statistics | None
+) -> tuple[Conversion | PeerConversion, dict[str, Any]]:
+    """The changed denoiser, and of the work on it seconds and peak resident memory of the process."""
+    profiling.reset_peak_memory()
+    started = time.perf_counter()
+    conversion = convert_for(session, recipe, statistics)
+    seconds = round(time.perf_counter() - started, 2)
+    return conversion, {"fit_seconds": seconds, "convert_peak_rss_bytes": profiling.peak_rss_bytes()}
+
+
 def facts_of(session: Session, conversion: Conversion | PeerConversion) -> dict[str, Any]:
     """The kind of a row and the facts of its conversion; without quantization its layers weigh what the reference's do."""
+    bf16 = {"bf16_file_bytes": bf16_bytes(session)}
     if conversion.recipe.fitted:
-        return {"kind": "quantized", **conversion.facts()}
+        return {"kind": "quantized", **conversion.facts(), **bf16}
     quantized = [recipe for recipe in session.spec.recipes if recipe.quantized]
     if isinstance(conversion, PeerConversion):
         return {**fp_bytes(session, quantized), **conversion.facts()}
     return {"kind": "shared", **conversion.facts(), **fp_bytes(session, quantized)}
+
+
+def bf16_bytes(session: Session) -> int:
+    """What the whole unquantized denoiser takes in a file at two bytes a weight, as most models are published."""
+    return 2 * sum(parameter.numel() for parameter in session.model.denoiser.parameters())
 
 
 def fp_bytes(session: Session, recipes: list[Recipe]) -> dict[str, Any]:
@@ -48,6 +67,7 @@ def fp_bytes(session: Session, recipes: list[Recipe]) -> dict[str, Any]:
         "fp_weight_bytes": weight_bytes,
         "resident_bytes": module_bytes(session.model.denoiser),
         "file_bytes": module_bytes(session.model.denoiser),
+        "bf16_file_bytes": bf16_bytes(session),
         "disk_bytes": 0,
         "effective_bits": float(8 * size),
         "kernels": {f"{str(session.model.dtype).removeprefix('torch.')} linear": len(counted or layers)},

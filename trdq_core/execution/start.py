@@ -32,7 +32,7 @@ COMMANDS = {
 def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> dict[str, Any]:
     """Do what `spec` says; the report is written as soon as there is something to report, and after each recipe."""
     folder.emit({"kind": "stage", "stage": "load", "label": f"Loading {spec.model}", "recipe": None})
-    model = load_model(spec.model, anyway=spec.anyway)
+    model = load_model(spec.model, anyway=spec.anyway, size=spec.size)
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     try:

@@ -9,10 +9,10 @@ from typing import Any
 from trdq_core import branches, profiling
 from trdq_core.convert import Conversion
 from trdq_core.errors import PeerError
-from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, facts_of, fp_bytes
+from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, facts_of, fp_bytes, measured_conversion
 from trdq_core.peers.convert import PeerConversion
 from trdq_core.sampling import sample
-from trdq_core.session import Session, changes, convert_for, failed_row, statistics_for
+from trdq_core.session import Session, changes, failed_row, statistics_for
 from trdq_core.step_profile.command import decode_ms, memory_of, profile_steps
 
 
@@ -62,11 +62,9 @@ def profile(session: Session, report: dict[str, Any]) -> None:
     conversions: dict[str, Conversion | PeerConversion] = {}
     statistics = statistics_for(session, report) if any(recipe.fitted for recipe in changed) else None
     for recipe in changed:
-        started = time.perf_counter()
         try:
-            conversions[recipe.name] = convert_for(session, recipe, statistics)
-            seconds = {"fit_seconds": round(time.perf_counter() - started, 2)}
-            report["recipes"][recipe.name] = {**seconds, **facts_of(session, conversions[recipe.name])}
+            conversions[recipe.name], measured = measured_conversion(session, recipe, statistics)
+            report["recipes"][recipe.name] = {**measured, **facts_of(session, conversions[recipe.name])}
         except PeerError as error:
             report["recipes"][recipe.name] = failed_row(session, error)
     call = time_steps(session, report, conversions)

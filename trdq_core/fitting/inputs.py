@@ -79,7 +79,7 @@ def fit_input(
     having none is a candidate too.
     """
     for layer, weight in weights.items():
-        if not torch.isfinite(weight).all():
+        if not torch.stack(torch.aminmax(weight)).isfinite().all():  # both are NaN if anything is
             raise CalibrationError(f"{layer}: its weight holds NaN or infinity; load an undamaged model.")
     rows = [split_rows(statistics, steps) for steps in steps_of_sets]
     whole = split_rows(statistics, range(len(statistics.rows))) if len(rows) > 1 else rows[0]

@@ -257,7 +257,7 @@ def _error(fitted: FittedSet, weights: Mapping[str, Tensor], rows: Tensor, grid:
     wrong = total = 0.0
     for name, weight in weights.items():
         exact = rows @ weight.float().T
-        got = seen @ dequantize_weight(fitted.weights[name]).float().T
+        got = seen @ dequantize_weight(fitted.weights[name], torch.float32).T
         if fitted.low_rank_down is not None:
             got = got + (rows @ fitted.low_rank_down.T) @ fitted.low_rank_up[name].float().T
         wrong += float((got - exact).square().sum())

@@ -74,7 +74,7 @@ def dense_weight(buffers: Mapping[str, Tensor | None], index: int, like: Weight)
             values=values, scale=part["weight_scale"], zero_point=part["weight_zero_point"],
             group_scale=part["group_scale"],
         )  # fmt: skip
-    return dequantize_weight(weight).float()
+    return dequantize_weight(weight, torch.float32)
 
 
 def shape_only(weight: Weight) -> Weight:

@@ -37,11 +37,11 @@ def choose_qparams(low: Tensor, high: Tensor, *, bits: int, symmetric: bool) -> 
 
 def quantize(x: Tensor, qparams: QParams, *, bits: int) -> Tensor:
     """Integers of the grid, in x's floating dtype."""
-    scaled = (x / qparams.scale).round()
+    scaled = (x / qparams.scale).round_()  # in place what is ours alone: whole weights come through here
     if qparams.zero_point is None:
         top = 2 ** (bits - 1) - 1
-        return scaled.clamp(-top, top)
-    return (scaled + qparams.zero_point).clamp(0, 2**bits - 1)
+        return scaled.clamp_(-top, top)
+    return scaled.add_(qparams.zero_point).clamp_(0, 2**bits - 1)
 
 
 def dequantize(values: Tensor, qparams: QParams) -> Tensor:

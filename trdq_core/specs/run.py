@@ -32,6 +32,9 @@ class RunSpec(Spec):
     save_to: str | None = None  # of save: the folder to write; None: "model" in the run folder
     push_to_hub: str | None = None  # of save: OWNER/NAME to upload it to
     bits: tuple[str, ...] = ()  # of sensitivity: "W4A8" and so on, each tried on every layer alone
+    height: int | None = None  # in pixels; None: what the pipeline makes by itself
+    width: int | None = None
+    frames: int | None = None
     anyway: bool = False  # load the model even where the memory check says that it does not fit
 
     def __post_init__(self) -> None:
@@ -45,6 +48,9 @@ class RunSpec(Spec):
             raise RecipeError(f"timing_rounds: got {self.timing_rounds}; allowed is 1 to 1000.")
         if not 1 <= self.seeds <= 100:
             raise RecipeError(f"seeds: got {self.seeds}; allowed is 1 to 100.")
+        for name, value in self.size.items():
+            if not 1 <= value <= 8192:
+                raise RecipeError(f"{name}: got {value}; allowed is 1 to 8192.")
         if self.command == "attention" and self.guidance == 1:
             raise RecipeError("guidance: got 1, which has one branch; give more than 1 to compare two branches.")
         for prompt in (*self.prompts, *self.calibration_prompts):
@@ -55,6 +61,12 @@ class RunSpec(Spec):
                     f"groups: got {groups} timestep groups for {self.steps} steps in {recipe.name}; "
                     "use at most as many groups as steps."
                 )
+
+    @property
+    def size(self) -> dict[str, int]:
+        """Height and width in pixels and frames, as far as they are asked for."""
+        asked = {"height": self.height, "width": self.width, "frames": self.frames}
+        return {name: value for name, value in asked.items() if value is not None}
 
 
 MAX_PROMPT = 500

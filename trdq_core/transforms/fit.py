@@ -80,11 +80,11 @@ def _prepared(
 ) -> tuple[list[Step], TransformSpec | None, Tensor, Tensor]:
     """Steps with their blocks, the smooth step, the rows as floats, and the weights' channel absmax (channels,)."""
     resolved = resolve_adaptive(specs, rows)
-    stacked = torch.cat([weight.double() for weight in weights])
-    blocks = step_blocks(resolved, rows.shape[1], len(stacked), layer=layer)
+    blocks = step_blocks(resolved, rows.shape[1], sum(map(len, weights)), layer=layer)
+    absmax = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).double()
     steps = [(spec, block) for spec, block in zip(resolved, blocks, strict=True) if spec.kind != "smooth"]
     smooth = next((spec for spec in resolved if spec.kind == "smooth"), None)
-    return steps, smooth, rows.float(), stacked.abs().amax(0)
+    return steps, smooth, rows.float(), absmax
 
 
 def _complete(steps: Sequence[Step], scale: Tensor | None, values: Tensor, seed: int) -> InputTransform:

@@ -60,7 +60,7 @@ class UniformGrid(NamedTuple):
         return dequantize(below, qparams), dequantize(above, qparams)
 
     def encode(self, values: Tensor) -> Weight:
-        """See WeightGrid."""
+        """See WeightGrid; values beside the grid are rounded to nearest."""
         half = 2 ** (self.bits - 1)
         scale, zero_point = self.qparams
         integers = quantize(values.double(), self._columns(0, values.shape[1]), bits=self.bits)
@@ -70,7 +70,7 @@ class UniformGrid(NamedTuple):
             return CodedWeight(codes, torch.stack(parameters, -1).float(), "uniform", self.group_size, self.bits)
         if zero_point is not None:
             # Unsigned codes and zero points move down together, so that every stored weight is a signed integer.
-            integers, zero_point = integers - half, (zero_point - half)[:, 0].float()
+            integers, zero_point = integers.sub_(half), (zero_point - half)[:, 0].float()
         return QuantizedWeight(integers.to(torch.int8), scale[:, 0].float(), zero_point, None, 0, self.bits)
 
     def _columns(self, first: int, count: int) -> QParams:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from trdq_core.specs import QuantSpec, Rounding
 from trdq_core.weights.gptq import gptq
-from trdq_core.weights.grids import fit_grid
+from trdq_core.weights.grids import UniformGrid, fit_grid
 from trdq_core.weights.stored import CodedWeight, QuantizedWeight, Weight, dequantize_weight, packed_bytes
 
 __all__ = ["CodedWeight", "QuantizedWeight", "Weight", "dequantize_weight", "packed_bytes", "quantize_weight"]
@@ -29,4 +29,6 @@ def quantize_weight(
     grid = fit_grid(weight, spec, layer=layer, inputs=inputs, output_weight=output_weight)
     if rounding == "gptq":
         return grid.encode(gptq(weight, grid, inputs, layer=layer))
+    if isinstance(grid, UniformGrid):
+        return grid.encode(weight)  # which rounds to nearest itself
     return grid.encode(grid.nearest(weight.double()))

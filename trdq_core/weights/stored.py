@@ -56,17 +56,17 @@ def level_table(weight: CodedWeight) -> Tensor:
     return torch.cat([magnitudes, -magnitudes], 1).view(*parameters.shape[:2], -1)
 
 
-def dequantize_weight(weight: Weight) -> Tensor:
-    """The weight (out, in) float64 that the integers or codes stand for."""
+def dequantize_weight(weight: Weight, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The weight (out, in) that the integers or codes stand for, exact in float64 and rounded once in float32."""
     if isinstance(weight, CodedWeight):
         blocks = weight.codes.unflatten(1, (-1, weight.group_size)).long()
-        return level_table(weight).gather(2, blocks).flatten(1)
-    values = weight.values.double()
+        return level_table(weight).gather(2, blocks).flatten(1).to(dtype)
+    values = weight.values.to(dtype)  # integers, and so exact in float32 too until they meet the scale
     if weight.group_scale is not None:
-        values = values * weight.group_scale.double().repeat_interleave(weight.group_size, 1)
+        values.mul_(weight.group_scale.to(dtype).repeat_interleave(weight.group_size, 1))
     if weight.zero_point is not None:
-        values = values - weight.zero_point.double()[:, None]
-    return values * weight.scale.double()[:, None]
+        values.sub_(weight.zero_point.to(dtype)[:, None])
+    return values.mul_(weight.scale.to(dtype)[:, None])
 
 
 def packed_bytes(weight: Weight) -> int:
