@@ -13,7 +13,7 @@ from studio.state import Progress
 
 STAGE_TITLES = {
     "load": "Load", "calibrate": "Calibrate", "fit": "Fit", "reference": "Reference", "sample": "Sample",
-    "measure": "Measure", "attention": "Attention", "download": "Download",
+    "measure": "Measure", "attention": "Attention", "download": "Download", "save": "Save",
 }  # fmt: skip
 
 PART_OF = {"observe": "fit", "reconstruct": "fit"}  # stages that only some methods have

@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from studio import plots
-from studio.components import clips, html
+from studio.components import clips, html, saving
 from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
@@ -55,6 +55,7 @@ class ResultView:
     sqnr: gr.Plot
     command: gr.Code
     download: gr.DownloadButton
+    save: saving.SaveModel
 
     def widgets(self) -> list[Any]:
         """Everything that a stored run fills."""
@@ -90,9 +91,10 @@ def build() -> ResultView:
             elem_id="command", show_line_numbers=False, wrap_lines=True, buttons=["copy"],
         )  # fmt: skip
         download = gr.DownloadButton("Download everything", interactive=False, elem_id="download", size="md", scale=0)
+        save = saving.build()
     return ResultView(
         run_id=run_id, same=same, clip_prompt=clip_prompt, clips=shown, columns=columns, floor=floor, details=details,
-        pictures=compared, sqnr=sqnr, command=command, download=download, **closer,
+        pictures=compared, sqnr=sqnr, command=command, download=download, save=save, **closer,
     )  # fmt: skip
 
 
