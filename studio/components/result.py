@@ -194,10 +194,12 @@ def stored(view: ResultView, run: StoredRun) -> Updates:
         if name is not None:
             facts = run.recipes[name]
             updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), under(name, facts, run))
-            updates[column.image] = gr.Image(value=run.picture(name, 0) if pictured else None, visible=pictured)
+            seen = pictured and facts.get("kind") != "failed"
+            updates[column.image] = gr.Image(value=run.picture(name, 0) if seen else None, visible=seen)
             updates[column.cards] = html.cards(facts, reference=facts.get("kind") == "reference")
-    choices = [(title_of(name, run.recipes[name]), name) for name in names]
-    left, right = (names[0], names[-1]) if names else (None, None)
+    there = [name for name in names if run.recipes[name].get("kind") != "failed"]
+    choices = [(title_of(name, run.recipes[name]), name) for name in there]
+    left, right = (there[0], there[-1]) if there else (None, None)
     updates |= {
         view.details: gr.Column(visible=True),
         view.pictures: gr.Column(visible=pictured),

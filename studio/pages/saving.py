@@ -18,7 +18,6 @@ from studio.pages.shared import JOBS, fail_if_failed, follow, refuse, session_of
 from studio.services import export
 from studio.services.stored import StoredRun
 from studio.state import SAVE_STAGES, LiveRun, Progress
-from trdq_core.errors import RecipeError
 
 Updates = dict[Any, Any]
 HIDDEN: dict[str, Any] = {"visible": False}
@@ -66,12 +65,10 @@ class _Handlers:
 
     def save(self, request: gr.Request, run_id: str | None, recipe: Any) -> Iterator[Updates]:
         """Convert and save, showing how far it is."""
-        part, run = self.part, self.studio.runs.open(run_id)
+        part = self.part
         try:
-            if run is None or run.spec is None:
-                raise RecipeError("save: there is no run to save from; compare first, or open a run under Runs.")
-            work = export.export_work(self.studio.core, run.spec, str(recipe))
-            job = self.studio.worker.submit(session_of(request), f"saving of {run.spec.model}", work)
+            model, work = export.save_work(self.studio.core, self.studio.runs.open(run_id), str(recipe))
+            job = self.studio.worker.submit(session_of(request), f"saving of {model}", work)
         except Exception as error:
             yield from refuse(error, self.problem)
             return

@@ -45,6 +45,13 @@ def export_work(core: Core, spec: RunSpec, recipe_name: str) -> Work:
     return run_work(core, export_spec(spec, recipe_name))
 
 
+def save_work(core: Core, run: StoredRun | None, recipe_name: str) -> tuple[str, Work]:
+    """The model of a run, and the work that saves one of its columns; RecipeError if there is no such run or column."""
+    if run is None or run.spec is None:
+        raise RecipeError("save: there is no run to save from; compare first, or open a run under Runs.")
+    return run.spec.model, export_work(core, run.spec, recipe_name)
+
+
 def export_command(spec: RunSpec, recipe_name: str, recipe_file: Path | None = None) -> str:
     """The command line that does the same; a recipe that has no name of its own is given by its file.
 
