@@ -39,15 +39,15 @@ def build() -> SaveModel:
     """The widgets, hidden until there is a run with a model to save."""
     made = gr.State(None)
     with gr.Column(visible=False, elem_id="save-model") as box:
-        gr.HTML(f'<h3 class="tr-section">{TITLE}</h3><p class="tr-small">{INTRO}</p>')
+        gr.HTML(f'<h3 class="tr-section">{TITLE}</h3><p class="tr-small tr-note">{INTRO}</p>')
         with gr.Row(elem_classes="tr-save"):
             recipe = gr.Dropdown([], label="Recipe of this run", elem_id="save-recipe", interactive=True, min_width=200)
-            start = gr.Button(TITLE, elem_id="save-start", min_width=200, scale=0)
+            start = gr.Button("Save the model", elem_id="save-start", size="md", min_width=170, scale=0)
         said = gr.HTML(elem_id="save-said")
         with gr.Row(elem_classes="tr-save"):
-            pack = gr.Button(PACK, elem_id="save-pack", visible=False, min_width=200, scale=0)
+            pack = gr.Button(PACK, elem_id="save-pack", visible=False, size="md", min_width=170, scale=0)
             download = gr.DownloadButton(
-                "Download the model", elem_id="save-download", visible=False, min_width=200, scale=0
+                "Download the model", elem_id="save-download", visible=False, size="md", min_width=170, scale=0
             )
         command = command_box(elem_id="save-command")
     return SaveModel(box, recipe, start, said, command, pack, download, made)

@@ -11,6 +11,7 @@ from studio.components import clips, html, result
 from studio.components.controls import Controls, offer, share_box
 from studio.context import Studio
 from studio.services import pictures
+from studio.services.export import export_words, saved_folder
 from studio.services.form import form_of_spec
 from studio.services.stored import RunRow, StoredRun, command_line
 
@@ -108,7 +109,7 @@ class _Handlers:
             page.head: head_of(run),
             page.gallery: gr.Gallery([] if moving else gallery_of(run), visible=not moving),
             page.strips: clips.run_strips(run, clips.published(page.strips)) if moving else "",
-            page.metrics: metrics_table(run),
+            page.metrics: metrics_table(run) + saved_words(run, local=self.studio.settings.local),
             page.command: command_line(run),
             page.download: result.download_of(run),
         }
@@ -177,6 +178,13 @@ def metrics_table(run: StoredRun) -> str:
     if run.state == "done":
         return html.notice("This run measured no recipe; what it left is stored and will be used again.", "info")
     return html.notice("This run ended before it measured anything.", "info")
+
+
+def saved_words(run: StoredRun, *, local: bool) -> str:
+    """What a save run left; empty for any other."""
+    if saved_folder(run) is None:
+        return ""
+    return html.notice(f"{export_words(run.report, local=local)} Show it in Compare to download it.", "done")
 
 
 def recipe_rows(run: StoredRun) -> list[tuple[str, dict[str, Any]]]:

@@ -13,6 +13,7 @@ import pytest
 
 from studio.components import saving as component
 from studio.context import Settings, Studio
+from studio.pages import runs
 from studio.pages.saving import _Handlers
 from studio.services import archives, export
 from studio.services.form import Form, compare_spec
@@ -69,6 +70,7 @@ def test_a_column_is_saved_packed_and_offered_again(core: FakeCore, spec: RunSpe
     assert handlers.choose(run.id, "rtn-w4a8")[part.made] is None
     assert handlers.choose(run.id, "../x") == {}
     shown = handlers.offer(made.id)
+    assert f"{made.folder / 'model'}" in runs.saved_words(made, local=True) and not runs.saved_words(run, local=True)
     assert shown[part.made] == made.id and "--spec" in shown[part.command].value
     assert not any("model/" in name for name in zipfile.ZipFile(archive(made)).namelist()), "the model has its own zip"
 
