@@ -5,6 +5,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,8 @@ def test_a_column_is_saved_and_fetched(
     press(page, "compare")
     page.wait_for_selector("#strip .tr-strip.done")
     page.locator("#save-start").scroll_into_view_if_needed()
+    if width > 600:
+        the_chart_follows_the_sidebar(page)
     assert "--recipe tr-dq-w4a8" in page.locator("#save-command").inner_text()
     page.locator("#save-start").click()
     page.wait_for_selector("#save-said >> text=it samples the same bits")
@@ -47,3 +50,16 @@ def test_a_column_is_saved_and_fetched(
     page.wait_for_selector("#save-said >> text=it samples the same bits")
     assert page.locator("#save-pack").is_visible(), "what was saved before is offered again"
     seen.check()
+
+
+def the_chart_follows_the_sidebar(page: Any) -> None:
+    """Closing and opening it changes the page's width, and the chart's with it."""
+    wide = "document.querySelector('#sqnr{}').clientWidth"
+    fits = f"() => Math.abs({wide.format(' .main-svg')} - {wide.format('')}) < 40"
+    before = page.locator("#sqnr").bounding_box()["width"]
+    for wider in (True, False):
+        page.locator(".sidebar .toggle-button").click()
+        page.wait_for_function(
+            f"(document.querySelector('#sqnr').clientWidth > {before + 50}) === {str(wider).lower()}"
+        )
+        page.wait_for_function(fits)
