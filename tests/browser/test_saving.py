@@ -33,6 +33,7 @@ def test_a_column_is_saved_and_fetched(
         the_chart_follows_the_sidebar(page)
     assert "--recipe tr-dq-w4a8" in page.locator("#save-command").inner_text()
     page.locator("#save-start").click()
+    page.wait_for_selector("#strip .tr-strip.done >> text=Saving tr-dq-w4a8 as a model")
     page.wait_for_selector("#save-said >> text=it samples the same bits")
     said = page.locator("#save-said").inner_text()
     assert "Saved: 3.0 MiB" in said and "Saved in" not in said, "no place on the disk for who may be elsewhere"
