@@ -11,6 +11,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 ON_A_SPACE = "SPACE_ID" in os.environ
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -52,7 +53,8 @@ from studio.services.work import prepare  # noqa: E402
 if flags.model_root and (wrong := use_root(flags.model_root)):
     sys.exit(wrong)
 core = InstalledCore()
-studio = Studio.over(core, Settings(downloads=not ON_A_SPACE, allow_hub=flags.allow_hub))
+local = flags.host in LOOPBACK and not ON_A_SPACE
+studio = Studio.over(core, Settings(downloads=not ON_A_SPACE, allow_hub=flags.allow_hub, local=local))
 demo = build(studio)
 
 

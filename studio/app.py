@@ -11,7 +11,7 @@ from studio import endpoints, theme
 from studio.components import controls as sidebar
 from studio.components import html, result, trial
 from studio.context import Studio
-from studio.pages import activations, compare, getting, guidance, layers, profile, runs
+from studio.pages import activations, compare, getting, guidance, layers, profile, runs, saving
 from studio.services import getting as fetching
 from studio.services import machine, models, sharing
 from studio.services.core import Core, InstalledCore
@@ -58,6 +58,8 @@ def build(core: Core | Studio | None = None) -> gr.Blocks:
         profile.wire(studio, profile_page, profile_tab)
         runs.wire(studio, controls, runs_page, compare_page.result, tabs, runs_tab)
         getting.wire(studio, controls, strip, problem)
+        shown = compare_page.result
+        saving.wire(studio, shown.save, shown.run_id, strip, problem, header, lambda: header_now(studio))
         _wire_page(studio, demo, header, controls, compare_page)
         _restore_trial(studio, demo, guidance_page)
         _keep_plan(demo, controls)

@@ -17,10 +17,14 @@ from studio.services.stored import StoredRuns
 
 @dataclass(frozen=True)
 class Settings:
-    """How the studio was started: whether it fetches models at all, and whether a visitor may type an id."""
+    """How the studio was started: whether it fetches models at all, whether a visitor may type an id, whether `local`.
+
+    A local studio is served to this machine alone, so that places on its disk may be named on the page.
+    """
 
     downloads: bool = True
     allow_hub: bool = False
+    local: bool = False
 
 
 @dataclass(frozen=True)

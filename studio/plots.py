@@ -20,9 +20,14 @@ ROLE_COLOURS = {
     "self_q": "#0e7c72", "self_k": "#12a596", "self_v": "#4bbfb2", "self_out": "#93dcd3",
     "cross_q": "#a85d08", "cross_k": "#cc7a14", "cross_v": "#e09a3e", "cross_out": "#f0c78c",
     "mlp_in": "#6f5fd0", "mlp_out": "#9b8ee6",
-    "temporal_q": "#97406b", "temporal_k": "#a8487a", "temporal_v": "#c9719d", "temporal_out": "#e2a5c3",
+    "fused_in": "#a3143c", "fused_out": "#ef6f6c", "skip": "#6e4b2a", "uncalled": "#a5adb5",
+    "temporal_q": "#84305a", "temporal_k": "#a8487a", "temporal_v": "#c9719d", "temporal_out": "#e2a5c3",
     "temporal_mlp_in": "#1f6aa5", "temporal_mlp_out": "#6aaede",
+    "text_q": "#7a6a00", "text_k": "#978400", "text_v": "#b5a11a", "text_out": "#d3c458",
+    "text_mlp_in": "#2a5fa8", "text_mlp_out": "#7fa8e0",
 }  # fmt: skip
+# There are more parts than hues that everybody can tell apart, so time and text are also hatched.
+ROLE_PATTERNS = {"temporal": "/", "text": ".", "uncalled": "x"}
 BAR_PITCH = 14  # px between the layers of a bar chart
 FEW_BARS = 18  # that many fit on any screen
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -176,6 +181,11 @@ def block_lines(
     return figure
 
 
+def role_pattern(role: str) -> str:
+    """How bars of a role are hatched, in plotly's words; empty for plain ones."""
+    return ROLE_PATTERNS.get(role.partition("_")[0], "")
+
+
 def layer_bars(bars: Sequence[tuple[str, str, float]], *, title: str, log_y: bool) -> go.Figure:
     """One bar a layer, (name, role, value) in the order given, in the colour of its role; wide enough to read the names."""
     figure = go.Figure()
@@ -186,7 +196,11 @@ def layer_bars(bars: Sequence[tuple[str, str, float]], *, title: str, log_y: boo
                 x=[name for name, _ in own],
                 y=[value if value > 0 or not log_y else None for _, value in own],
                 name=role,
-                marker={"color": ROLE_COLOURS.get(role, REFERENCE), "line": {"width": 0}},
+                marker={
+                    "color": ROLE_COLOURS.get(role, REFERENCE),
+                    "line": {"width": 0},
+                    "pattern": {"shape": role_pattern(role), "size": 5, "solidity": 0.25},
+                },
                 hovertemplate=f"%{{x}} ({role}): %{{y:.3g}}<extra></extra>",
             )
         )

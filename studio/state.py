@@ -13,6 +13,7 @@ from studio.services.stored import inside
 STAGES = ("load", "calibrate", "fit", "reference", "sample", "measure")
 ATTENTION_STAGES = ("load", "attention")
 DOWNLOAD_STAGES = ("download",)
+SAVE_STAGES = ("load", "calibrate", "fit", "reference", "sample", "save")
 SCAN_STAGES = ("load", "calibrate", "reference", "fit", "measure")
 
 

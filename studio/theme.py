@@ -17,7 +17,8 @@ INK = gr.themes.Color(
     c600="#4f5964", c700="#39424b", c800="#222a31", c900="#161c22", c950="#0e1317",
 )  # fmt: skip
 
-# Phones: an open sidebar covers the page, so it is closed at load and after a primary button.
+# Phones: an open sidebar covers the page, so it is closed at load and after a primary button. Elsewhere it takes room from the
+# page without resizing the window, which is all that charts look at; so they are told.
 ON_LOAD = """
 () => {
   if (window.innerWidth < 768) {
@@ -29,6 +30,18 @@ ON_LOAD = """
     };
     close(50);
   }
+  const follow = (tries) => {
+    const pages = document.querySelector('#pages');
+    if (!pages) { if (tries > 0) setTimeout(() => follow(tries - 1), 100); return; }
+    let width = pages.clientWidth, waiting;
+    new ResizeObserver(() => {
+      if (pages.clientWidth === width) return;
+      width = pages.clientWidth;
+      clearTimeout(waiting);
+      waiting = setTimeout(() => window.dispatchEvent(new Event('resize')), 150);
+    }).observe(pages);
+  };
+  follow(50);
 }
 """
 

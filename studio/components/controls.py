@@ -10,7 +10,7 @@ import gradio as gr
 from studio.components import getting
 from studio.components import methods as lines
 from studio.services import form as forms
-from studio.services import methods, prompts, sharing
+from studio.services import methods, peers, prompts, sharing
 from studio.services.form import AppliedPlan, Form
 
 
@@ -107,6 +107,7 @@ def _quantization() -> dict[str, Any]:
         methods.baseline_choices(), value="rtn", label="Baseline", elem_id="baseline", interactive=True, min_width=100
     )
     baseline_line = gr.HTML(_method_line("rtn", 4, 8, ()), elem_id="baseline-line")
+    gr.HTML(lines.absent_peers(), elem_id="absent-peers")
     with gr.Row(elem_classes="tr-pair"):
         weight_bits = gr.Radio(
             forms.BITS_CHOICES,
@@ -199,6 +200,8 @@ def offer(controls: Controls, recipes: tuple[Any, ...], **values: Any) -> dict[A
 
 
 def _method_line(method: Any, weight_bits: Any, activation_bits: Any, saved: tuple[Any, ...]) -> str:
+    if peers.is_peer(method):
+        return lines.peer_line(str(method))
     return lines.line(methods.chosen_facts(method, weight_bits, activation_bits, saved))
 
 

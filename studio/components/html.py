@@ -8,12 +8,13 @@ from typing import Any
 from studio.components import words
 from studio.jobs import Job
 from studio.services.machine import MachineFacts
+from studio.services.peers import version_of
 from studio.services.stored import psnr_text
 from studio.state import Progress
 
 STAGE_TITLES = {
     "load": "Load", "calibrate": "Calibrate", "fit": "Fit", "reference": "Reference", "sample": "Sample",
-    "measure": "Measure", "attention": "Attention", "download": "Download",
+    "measure": "Measure", "attention": "Attention", "download": "Download", "save": "Save",
 }  # fmt: skip
 
 PART_OF = {"observe": "fit", "reconstruct": "fit"}  # stages that only some methods have
@@ -136,6 +137,8 @@ def cards(facts: dict[str, Any], reference: bool = False) -> str:
     """The metric cards of one column; `facts` are a recipe's part of the report."""
     if not facts:
         return '<div class="tr-cards none"></div>'
+    if facts.get("kind") == "failed":
+        return notice(_why(facts), "warning")
     simulated = bool(facts.get("simulated"))
     step, step_tail = words.spread(facts.get("step_ms"))
     whole, whole_tail = words.spread(facts.get("end_to_end_ms"))
@@ -160,7 +163,13 @@ def cards(facts: dict[str, Any], reference: bool = False) -> str:
         + _card("Effective bits", f"{bits:.2f}" if bits else "–", "" if reference else "a weight, scales included")
     )
     badges = kernel_badge(facts) + sharing_badge(facts)
-    return f'<div class="tr-badges">{badges}</div><div class="tr-cards">{body}</div>{_rejected(facts)}'
+    return f'<div class="tr-badges">{badges}</div><div class="tr-cards">{body}</div>{_rejected(facts)}{_tool(facts)}'
+
+
+def _tool(facts: dict[str, Any]) -> str:
+    """What another tool does, in its row's words; empty for a recipe."""
+    told = facts.get("peer")
+    return f'<p class="tr-small tr-note">{escape(str(told.get("description")))}</p>' if isinstance(told, dict) else ""
 
 
 def noise_floor(facts: dict[str, Any] | None) -> str:
@@ -246,8 +255,14 @@ def _rejected(facts: dict[str, Any]) -> str:
     )
 
 
+def _why(facts: dict[str, Any]) -> str:
+    return f"Left out: {facts.get('error') or 'it did not run; the log of the run says why.'}"
+
+
 def _kernel_class(name: str) -> str:
     lowered = name.lower()
+    if "multiplied in" in lowered or "unknown" in lowered:  # what another tool did with its int8 weights
+        return "plain"
     if "simulat" in lowered:
         return "simulated"
     return "int4" if "int4" in lowered else "int8" if "int8" in lowered else "plain"
@@ -269,10 +284,16 @@ def metrics_table(rows: list[tuple[str, dict[str, Any]]], floor: dict[str, Any] 
 
 
 def _metrics_row(name: str, facts: dict[str, Any], clips: bool) -> str:
+    if facts.get("kind") == "failed":
+        span = 9 if clips else 7
+        return (
+            f'<tr class="kept"><td>{escape(name)}</td><td class="why" colspan="{span}">{escape(_why(facts))}</td></tr>'
+        )
     ssim, sqnr, bits = facts.get("ssim"), facts.get("mean_latent_sqnr_db"), facts.get("effective_bits")
+    version = version_of(facts)
     reference = facts.get("kind") == "reference"
     cells = (
-        name,
+        f"{name} ({version})" if version else name,
         "–" if reference else psnr_text(facts) or "–",
         f"{ssim:.3f}" if isinstance(ssim, (int, float)) and not reference else "–",
         *(_motion_cells(facts) if clips else ()),
@@ -283,7 +304,7 @@ def _metrics_row(name: str, facts: dict[str, Any], clips: bool) -> str:
         f"{bits:.2f}" if bits else "–",
     )
     body = "".join(f'<td class="{"" if index == 0 else "num"}">{escape(cell)}</td>' for index, cell in enumerate(cells))
-    badge = kernel_badge(facts) if facts.get("kind") in ("quantized", "shared") else ""
+    badge = kernel_badge(facts) if facts.get("kind") in ("quantized", "shared", "peer") else ""
     return f"<tr>{body}<td>{badge}{sharing_badge(facts, short=True)}</td></tr>"
 
 

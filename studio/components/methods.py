@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from studio.services import peers
 from studio.services.methods import MethodFacts
 
 CALIBRATION_LINES = {
@@ -24,6 +25,26 @@ def line(facts: MethodFacts | None) -> str:
         return ""
     asks = CALIBRATION_LINES[facts.calibration]
     return f'<p class="tr-small">{escape(facts.description)} ({_source(facts)}; {asks}.) {_badge(facts.simulated)}</p>'
+
+
+def peer_line(name: str) -> str:
+    """What another tool does; its bits are its own."""
+    said = f"{peers.description_of(name)} Another tool, with its own bits: the weight and activation bits below are not its."
+    return f'<p class="tr-small">{escape(said)}</p>'
+
+
+def absent_peers() -> str:
+    """The other tools that cannot be chosen, and the line that brings each; empty if all are at hand."""
+    rows = "".join(f"<li><b>{escape(title)}</b>: {escape(_not_installed(why))}</li>" for title, why in peers.absent())
+    if not rows:
+        return ""
+    return (
+        f'<details class="tr-small"><summary>Other tools to install</summary><ul class="tr-small">{rows}</ul></details>'
+    )
+
+
+def _not_installed(why: str) -> str:
+    return f"not installed: {why.partition('; ')[2]}"
 
 
 def table(every: list[MethodFacts], bits: str) -> str:

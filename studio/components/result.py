@@ -8,7 +8,7 @@ from typing import Any
 import gradio as gr
 
 from studio import plots
-from studio.components import clips, html
+from studio.components import clips, html, saving
 from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
@@ -55,6 +55,7 @@ class ResultView:
     sqnr: gr.Plot
     command: gr.Code
     download: gr.DownloadButton
+    save: saving.SaveModel
 
     def widgets(self) -> list[Any]:
         """Everything that a stored run fills."""
@@ -90,9 +91,10 @@ def build() -> ResultView:
             elem_id="command", show_line_numbers=False, wrap_lines=True, buttons=["copy"],
         )  # fmt: skip
         download = gr.DownloadButton("Download everything", interactive=False, elem_id="download", size="md", scale=0)
+        save = saving.build()
     return ResultView(
         run_id=run_id, same=same, clip_prompt=clip_prompt, clips=shown, columns=columns, floor=floor, details=details,
-        pictures=compared, sqnr=sqnr, command=command, download=download, **closer,
+        pictures=compared, sqnr=sqnr, command=command, download=download, save=save, **closer,
     )  # fmt: skip
 
 
@@ -192,10 +194,12 @@ def stored(view: ResultView, run: StoredRun) -> Updates:
         if name is not None:
             facts = run.recipes[name]
             updates[column.head] = html.column_head(ROLES[index], title_of(name, facts), under(name, facts, run))
-            updates[column.image] = gr.Image(value=run.picture(name, 0) if pictured else None, visible=pictured)
+            seen = pictured and facts.get("kind") != "failed"
+            updates[column.image] = gr.Image(value=run.picture(name, 0) if seen else None, visible=seen)
             updates[column.cards] = html.cards(facts, reference=facts.get("kind") == "reference")
-    choices = [(title_of(name, run.recipes[name]), name) for name in names]
-    left, right = (names[0], names[-1]) if names else (None, None)
+    there = [name for name in names if run.recipes[name].get("kind") != "failed"]
+    choices = [(title_of(name, run.recipes[name]), name) for name in there]
+    left, right = (there[0], there[-1]) if there else (None, None)
     updates |= {
         view.details: gr.Column(visible=True),
         view.pictures: gr.Column(visible=pictured),

@@ -6,6 +6,7 @@ from typing import Any
 
 from studio import plots
 from studio.services.methods import split_name, title_of_method
+from studio.services.peers import is_peer, title_of_peer, version_of
 from studio.services.sharing import SUFFIX
 from studio.services.stored import StoredRun
 
@@ -34,6 +35,8 @@ def title_of(name: str, facts: dict[str, Any]) -> str:
     """ "TR-DQ W4A8" for "tr-dq-w4a8"; the report's label for the reference."""
     if name.endswith(SUFFIX):
         return f"{title_of(name.removesuffix(SUFFIX), facts)} + sharing"
+    if is_peer(name):
+        return title_of_peer(name)
     if name == "fp":
         return str(facts.get("label") or "Full precision")
     method, bits = split_name(name)
@@ -46,6 +49,8 @@ def under(name: str, facts: dict[str, Any], run: StoredRun) -> str:
         reference = run.report.get("reference") or {}
         device = str(reference.get("device") or "cpu").upper()
         return f"reference, {reference.get('label', 'full precision')} on the {device}"
+    if facts.get("kind") in ("peer", "failed"):
+        return f"another tool, {version_of(facts)}".rstrip(", ") if facts["kind"] == "peer" else "left out"
     recipe = next((recipe for recipe in run.spec.recipes if recipe.name == name), None) if run.spec else None
     if recipe is not None and not recipe.quantized:
         return "full precision with attention sharing"

@@ -11,6 +11,7 @@ from studio.components import clips, html, result
 from studio.components.controls import Controls, offer, share_box
 from studio.context import Studio
 from studio.services import pictures
+from studio.services.export import export_words, saved_folder
 from studio.services.form import form_of_spec
 from studio.services.stored import RunRow, StoredRun, command_line
 
@@ -108,7 +109,7 @@ class _Handlers:
             page.head: head_of(run),
             page.gallery: gr.Gallery([] if moving else gallery_of(run), visible=not moving),
             page.strips: clips.run_strips(run, clips.published(page.strips)) if moving else "",
-            page.metrics: metrics_table(run),
+            page.metrics: metrics_table(run) + saved_words(run, local=self.studio.settings.local),
             page.command: command_line(run),
             page.download: result.download_of(run),
         }
@@ -184,6 +185,13 @@ def _across_frames(found: dict[str, Any]) -> str:
     if not isinstance(temporal, dict):
         return ""
     return f"; across frames {temporal.get('output_error'):.3f} and {temporal.get('map_cosine'):.3f}"
+
+
+def saved_words(run: StoredRun, *, local: bool) -> str:
+    """What a save run left; empty for any other."""
+    if saved_folder(run) is None:
+        return ""
+    return html.notice(f"{export_words(run.report, local=local)} Show it in Compare to download it.", "done")
 
 
 def recipe_rows(run: StoredRun) -> list[tuple[str, dict[str, Any]]]:

@@ -19,8 +19,8 @@ def compare(spec: RunSpec, files: Mapping[str, Path]) -> str:
     words = ["python -m trdq_core compare", model_flags(spec.model)]
     words.append("--recipes " + ",".join(recipe.name for recipe in plain if recipe.name not in files))
     words += [f"--recipe-file {shlex.quote(str(files[recipe.name]))}" for recipe in plain if recipe.name in files]
-    named = [recipe for recipe in plain if recipe.name not in files and _takes_groups(recipe)]
-    words += _groups(named[-1]) if named else []
+    named = [recipe for recipe in plain if recipe.name not in files and group_flags(recipe)]
+    words += group_flags(named[-1]) if named else []
     words.append(f"--steps {spec.steps} --guidance {spec.guidance!r} --seed {spec.seed}")
     return " ".join([*words, *(f"--prompt {shlex.quote(text)}" for text in spec.prompts)])
 
@@ -30,7 +30,7 @@ def activations(model: str, recipe: Recipe, files: Mapping[str, Path], fingerpri
     words = ["python -m trdq_core activations", model_flags(model)]
     file = files.get(recipe.name)
     words.append(f"--recipe-file {shlex.quote(str(file))}" if file else f"--recipe {recipe.name}")
-    words += _groups(recipe) if not file and _takes_groups(recipe) else []
+    words += group_flags(recipe) if not file else []
     return " ".join([*words, f"--calibration {fingerprint} --layer {layer} --group {group}"])
 
 
@@ -51,8 +51,11 @@ def _takes_groups(recipe: Recipe) -> bool:
     return method is not None and method.time_grouped and several
 
 
-def _groups(recipe: Recipe) -> list[str]:
+def group_flags(recipe: Recipe) -> list[str]:
+    """The flags that give a named recipe its time groups; none where the name says all."""
     time = recipe.time
+    if not _takes_groups(recipe):
+        return []
     if time.kind == "edges":
         flag = "--edges " + ",".join(repr(edge) for edge in time.edges)
     else:

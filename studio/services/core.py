@@ -8,9 +8,12 @@ import threading
 from functools import cached_property
 from typing import Any, Protocol
 
+from studio.services import gpu
 from trdq_core.errors import TRDQError
 
 log = logging.getLogger(__name__)
+TITLES = {"cpp": "C++", "torch": "torch", "triton": "Triton", "reference": "reference"}
+ON_LENT_GPU = "chosen at each run"
 
 
 class Core(Protocol):
@@ -59,14 +62,15 @@ class InstalledCore:
 
     def load(self) -> None:
         """Import what takes seconds, and build the kernels if they are not built yet."""
-        cuda = importlib.import_module("torch").cuda
-        if cuda.is_available():
-            self._gpu = str(cuda.get_device_name(0))
-        facts = importlib.import_module("trdq_core.kernels.dispatch").describe()
-        titles = {"cpp": "C++", "torch": "torch", "triton": "Triton", "reference": "reference"}
-        title = titles.get(facts["backend"], str(facts["backend"]))
-        vnni = facts["backend"] == "cpp" and facts.get("vectorised")
-        self._backend = f"{title}, AVX512-VNNI" if vnni else title
+        torch = importlib.import_module("torch")
+        device = None
+        if torch.cuda.is_available():
+            self._gpu = str(torch.cuda.get_device_name(0))
+            device = torch.device("cuda", 0)
+        if device is not None and gpu.lent():  # this process never holds that GPU, so its kernels cannot be tried here
+            self._backend = ON_LENT_GPU
+        else:
+            self._backend = _backend_words(importlib.import_module("trdq_core.kernels.dispatch").describe(device))
         _ = self.inspection, self.similarity
 
     @cached_property
@@ -93,6 +97,13 @@ class InstalledCore:
     def budget(self) -> Any:
         """`trdq_core.budget`; importing it loads torch."""
         return importlib.import_module("trdq_core.budget")
+
+
+def _backend_words(facts: dict[str, Any]) -> str:
+    """The backend that `dispatch.describe` found, in a few words."""
+    name = str(facts["backend"])
+    title = TITLES.get(name, name)
+    return f"{title}, AVX512-VNNI" if name == "cpp" and facts.get("vectorised") else title
 
 
 def warm_up(core: InstalledCore) -> threading.Thread:

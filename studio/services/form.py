@@ -9,11 +9,12 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from studio.services import prompts
+from studio.services import peers, prompts
 from studio.services.methods import SAVED_PREFIX, saved_name, title_of_method
 from trdq_core.bitwidths import split_name
 from trdq_core.errors import RecipeError
-from trdq_core.presets import METHODS, make_recipe, with_sharing
+from trdq_core.presets import METHODS, PEERS, make_recipe, missing, with_sharing
+from trdq_core.presets.peers import PREFIX
 from trdq_core.specs import (
     ACTIVATION_BITS,
     STORAGE_MODES,
@@ -91,7 +92,7 @@ def baseline_recipe(form: Form) -> Recipe:
     if form.baseline == form.method:
         title = saved_name(form.method) or title_of_method(str(form.method))
         raise RecipeError(f"baseline: {title} is also the chosen method; choose another baseline to compare it with.")
-    return _recipe(form, str(form.baseline))
+    return _baseline(form)
 
 
 def compare_spec(form: Form) -> RunSpec:
@@ -103,7 +104,7 @@ def compare_spec(form: Form) -> RunSpec:
 
 def plain_comparison(form: Form, recipe: Recipe) -> RunSpec:
     """Full precision, the baseline and a recipe with the form's settings, on the command's own prompts."""
-    first = tuple(baseline for baseline in (_recipe(form, str(form.baseline)),) if baseline.name != recipe.name)
+    first = tuple(baseline for baseline in (_baseline(form),) if baseline.name != recipe.name)
     return run_spec(form, "compare", (make_recipe("fp"), *first, recipe), ())
 
 
@@ -156,7 +157,8 @@ def form_of_spec(spec: RunSpec, saved: Collection[Recipe] = ()) -> dict[str, Any
         values |= {"prompt": spec.prompts[0], "extra_prompts": len(spec.prompts) - 1}
     plan = next((recipe.sharing for recipe in spec.recipes if recipe.sharing), None)
     values |= {"share": plan is not None, "applied": AppliedPlan(spec.model, plan) if plan else None}
-    quantized = [recipe for recipe in spec.recipes if recipe.quantized]
+    other = next((recipe.name for recipe in spec.recipes if recipe.peer in PEERS), None)
+    quantized = [recipe for recipe in spec.recipes if recipe.fitted]
     quantized = [recipe for recipe in quantized if recipe.sharing is None] or quantized
     if not quantized:
         return values
@@ -166,6 +168,8 @@ def form_of_spec(spec: RunSpec, saved: Collection[Recipe] = ()) -> dict[str, Any
         values["method"] = method
     if len(quantized) > 1 and (baseline := _method_of(quantized[0].name, kept)) is not None:
         values |= {} if baseline == method else {"baseline": baseline}
+    elif other is not None and missing(PEERS[other.removeprefix(PREFIX)]) is None:
+        values["baseline"] = other
     named = [recipe for recipe in reversed(quantized) if split_name(recipe.name)[0] in METHODS]
     for rule in (recipe.rules[0] for recipe in named[:1]):
         if rule.weight and rule.activation:
@@ -189,7 +193,7 @@ def _times(recipe: Recipe) -> dict[str, Any]:
 
 
 def shared(form: Form, recipes: tuple[Recipe, ...], applied: AppliedPlan) -> tuple[Recipe, ...]:
-    """Each recipe and, beside it, the same with the applied plan; RecipeError where the plan cannot work."""
+    """Each recipe and, beside it, the same with the applied plan, other tools alone; RecipeError where the plan cannot work."""
     if applied.model != form.model:
         raise RecipeError(
             f"attention sharing: the plan was made for {applied.model} and the model is {form.model}; "
@@ -199,7 +203,11 @@ def shared(form: Form, recipes: tuple[Recipe, ...], applied: AppliedPlan) -> tup
         raise RecipeError(
             "guidance: got 1, which has one branch and nothing to share; give more, or switch sharing off."
         )
-    return tuple(both for recipe in recipes for both in (recipe, with_sharing(recipe, applied.plan)))
+    return tuple(
+        both
+        for recipe in recipes
+        for both in ((recipe,) if recipe.peer else (recipe, with_sharing(recipe, applied.plan)))
+    )
 
 
 def _compared(form: Form) -> tuple[Recipe, ...]:
@@ -209,6 +217,12 @@ def _compared(form: Form) -> tuple[Recipe, ...]:
     if not isinstance(form.applied, AppliedPlan):
         raise RecipeError("attention sharing: there is no plan yet; make and apply one on the Guidance page.")
     return shared(form, recipes, form.applied)
+
+
+def _baseline(form: Form) -> Recipe:
+    """The recipe of the baseline, which may be another tool."""
+    name = str(form.baseline)
+    return peers.recipe_of(name) if peers.is_peer(name) else _recipe(form, name)
 
 
 def _recipe(form: Form, method: str) -> Recipe:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any, NamedTuple
 
+from studio.services import peers
 from trdq_core.bitwidths import split_name
 from trdq_core.errors import RecipeError
 from trdq_core.presets import METHODS, make_recipe
@@ -72,8 +73,8 @@ def method_choices(saved: tuple[Recipe, ...] = ()) -> list[tuple[str, str]]:
 
 
 def baseline_choices(saved: tuple[Recipe, ...] = ()) -> list[tuple[str, str]]:
-    """The same, the simplest first."""
-    return [(_label(name), name) for name in METHODS if name != "fp"] + saved_choices(saved)
+    """The same, the simplest first, and behind them the other tools that are installed."""
+    return [(_label(name), name) for name in METHODS if name != "fp"] + saved_choices(saved) + peers.choices()
 
 
 def is_simulated(recipe: Recipe) -> bool:

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import shlex
-import tempfile
-import uuid
-import zipfile
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
 
 from studio.services import commands, pictures
+from studio.services.archives import pack
 from studio.services.core import Core
-from trdq_core.errors import StorageError, TRDQError
+from trdq_core.errors import TRDQError
 from trdq_core.specs import RunSpec
 
 MOST_LISTED = 200
@@ -126,26 +123,10 @@ def inside(folder: Path, relative: str) -> Path | None:
     return path if path.is_relative_to(folder.resolve()) else None
 
 
-@cache
-def _archives() -> tempfile.TemporaryDirectory[str]:
-    """Where archives wait to be fetched; removed when the studio ends."""
-    return tempfile.TemporaryDirectory(prefix="trdq-archives-", ignore_cleanup_errors=True)
-
-
 def archive(run: StoredRun) -> Path:
-    """A zip with everything in the run's folder; StorageError if it cannot be written."""
-    target = Path(_archives().name) / f"{run.id}.zip"
-    partial = target.with_name(f"{run.id}-{uuid.uuid4().hex}.tmp")
-    try:
-        with zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as bundle:
-            for path in sorted(run.folder.rglob("*")):
-                if path.is_file() and not path.is_symlink():
-                    bundle.write(path, Path(run.id) / path.relative_to(run.folder))
-        partial.replace(target)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise StorageError(f"download: the archive of {run.id} could not be written ({error.strerror}).") from error
-    return target
+    """A zip of the run's folder without a model that it saved; StorageError if it is too large or cannot be written."""
+    models = [run.folder / "model"] if run.report.get("saved") else []
+    return pack(run.id, run.id, [run.folder], "look into the run's folder on the machine of the studio", models)
 
 
 def command_line(run: StoredRun) -> str:

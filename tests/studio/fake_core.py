@@ -18,6 +18,7 @@ from tests.studio import fake_clips
 from tests.studio.fake_getting import FakeGetting, ModelInfo
 from tests.studio.fake_inspection import LAYERS as LAYERS
 from tests.studio.fake_inspection import FakeInspection
+from tests.studio.fake_saving import write_model
 from tests.studio.fake_sensitivity import FakeBudget, write_scan
 from tests.studio.fake_sharing import FakeSharing, FakeTimeGroups, similarity_means, uniform_groups, write_similarity
 from trdq_core.errors import Cancelled, ModelError, RecipeError
@@ -165,8 +166,11 @@ class _FakeRun:
             else:
                 self._calibrate()
                 report = {"command": self.spec.command, "recipes": {}}
-            if self.spec.command == "compare":
+            if self.spec.command in ("compare", "save"):
                 report = self._report()
+            if self.spec.command == "save":
+                self.say({"kind": "stage", "stage": "save", "label": "saving", "recipe": self.spec.recipes[0].name})
+                report["saved"] = write_model(self.folder)
         except Cancelled as error:
             if self.report["recipes"]:
                 self._write(self.report, "report.json")
@@ -226,7 +230,7 @@ class _FakeRun:
     def _report(self) -> dict[str, Any]:
         recipes = self.report["recipes"]
         self.report |= {
-            "format_version": 1, "command": "compare", "model": self.spec.model, "created": "2026-11-21T05:01:00",
+            "format_version": 1, "command": self.spec.command, "model": self.spec.model, "created": "2026-11-21T05:01:00",
             "reference": {"label": "FP32", "dtype": "float32", "device": "cpu"}, "prompts": list(self.spec.prompts),
             "spec": self.spec.to_dict(), "clip": fake_clips.SHAPE if self.moving else None,
         }  # fmt: skip

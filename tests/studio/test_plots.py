@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from studio import plots
+from trdq_core.presets import QUANTIZED_ROLES
 
 
 @pytest.mark.parametrize(
@@ -75,3 +78,50 @@ def test_bars_keep_their_order_colour_and_room() -> None:
     few = plots.layer_bars([("proj", "unheard-of", 0.0)], title="", log_y=True)
     assert few.layout.width is None
     assert few.data[0].y == (None,), "nothing has no logarithm"
+
+
+# Sight with one kind of cone missing, on linear RGB: Machado, Oliveira and Fernandes 2009, severity 1.
+SIGHT = {
+    "normal": np.eye(3),
+    "protanopia": np.array([[0.1523, 1.0526, -0.2049], [0.1145, 0.7863, 0.0992], [-0.0039, -0.0481, 1.0520]]),
+    "deuteranopia": np.array([[0.3673, 0.8606, -0.2280], [0.2801, 0.6725, 0.0474], [-0.0118, 0.0429, 0.9690]]),
+    "tritanopia": np.array([[1.2555, -0.0767, -0.1788], [-0.0784, 0.9308, 0.1476], [0.0047, 0.6914, 0.3039]]),
+}
+TO_XYZ = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+TELLABLE = 9.0  # CIE 1976 difference; about 2.3 is just noticed side by side
+
+
+def linear(colour: str) -> np.ndarray:
+    """Linear RGB of "#rrggbb"."""
+    values = np.array([int(colour[at : at + 2], 16) for at in (1, 3, 5)]) / 255
+    return np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+
+
+def lab(rgb: np.ndarray) -> np.ndarray:
+    """CIELAB of linear RGB under D65."""
+    ratio = TO_XYZ @ np.clip(rgb, 0, 1) / np.array([0.9505, 1.0, 1.089])
+    root = np.where(ratio > 0.008856, np.cbrt(ratio), 7.787 * ratio + 16 / 116)
+    return np.array([116 * root[1] - 16, 500 * (root[0] - root[1]), 200 * (root[1] - root[2])])
+
+
+def contrast(one: str, other: str) -> float:
+    """WCAG contrast of two colours."""
+    low, high = sorted(float(TO_XYZ[1] @ linear(colour)) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_every_role_has_a_colour_that_shows_on_light_and_dark() -> None:
+    assert set(plots.ROLE_COLOURS) >= {*QUANTIZED_ROLES, "skip", "uncalled"}
+    for colour in plots.ROLE_COLOURS.values():
+        assert min(contrast(colour, paper) for paper in ("#ffffff", "#161c22")) >= 1.5, colour
+
+
+@pytest.mark.parametrize("sight", SIGHT)
+def test_roles_that_stand_in_one_chart_are_told_apart_by_colour_or_hatching(sight: str) -> None:
+    apart = ({"cross", "skip"}, {"fused"})  # no family of models has both
+    for one, other in itertools.combinations(plots.ROLE_COLOURS, 2):
+        kinds = {role.partition("_")[0] for role in (one, other)}
+        if plots.role_pattern(one) != plots.role_pattern(other) or all(kinds & some for some in apart):
+            continue
+        both = [lab(SIGHT[sight] @ linear(plots.ROLE_COLOURS[role])) for role in (one, other)]
+        assert np.linalg.norm(both[0] - both[1]) >= TELLABLE, (one, other)
