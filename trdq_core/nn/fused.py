@@ -154,8 +154,17 @@ class FusedFeedForward:
         return product((self.module.net[2],), hidden, GELU, around.epilogue)
 
 
+# What diffusers' common attention has; how these are set says whether `FusedAttention` computes the same.
+ATTENTION_PARTS = (
+    "processor", "set_processor", "spatial_norm", "group_norm", "residual_connection", "norm_q", "norm_k", "norm_cross",
+    "rescale_output_factor", "to_q", "to_k", "to_v", "to_out",
+)  # fmt: skip
+
+
 def fuse_attention(attention: nn.Module) -> bool:
     """Put a `FusedAttention` into an attention whose work it does; False, and nothing changed, where it does not."""
+    if not all(hasattr(attention, name) for name in ATTENTION_PARTS):  # a family with an attention class of its own
+        return False
     plain = type(attention.processor).__name__ in PLAIN_PROCESSORS[:2]
     extras = attention.spatial_norm is not None or attention.group_norm is not None or attention.residual_connection
     norms = attention.norm_q is not None or attention.norm_k is not None or attention.norm_cross
