@@ -56,6 +56,7 @@ METRICS = {
     "effective_bits": Metric("bits a weight", 1, 2, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
     "call_us": Metric("call µs", 1, 1, False),
+    "call_speed": Metric("against the first", 1, 2, False),
     "bound_share": Metric("of its bound %", 100, 0, False),
 }
 CLIPS = (

@@ -203,7 +203,7 @@ def _tr_dq_plus_low_rank(w: int, a: int) -> Ingredients:
     (plain,) = _tr_dq_plus(w, a).rules
     weight = groups_of(w, 64, range="mse") if w == 4 else plain.weight
     return Ingredients(
-        (dataclasses.replace(plain, weight=weight, low_rank=LowRankSpec(rank=28, iterations=6, refit=True)),)
+        (dataclasses.replace(plain, weight=weight, low_rank=LowRankSpec(rank=30, iterations=6, refit=True)),)
     )
 
 
