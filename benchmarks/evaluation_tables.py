@@ -10,6 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from benchmarks.leads import GAIN, make_lead_table
+
 MARK, ABLATION = "evaluation", "ablation"
 
 Row = dict[str, str]
@@ -28,6 +30,7 @@ COLUMNS = {
     "effective_bits": Column("bits a weight", 1, ".2f", 0),
     "packed_bits": Column("packed", 1, ".2f", 0),
     "final_latent_sqnr_db": Column("latent SQNR dB", 1, ".2f", 1),
+    GAIN: Column("less or more than its base", 1, "+.2f", 0),
     "psnr": Column("PSNR dB", 1, ".2f", 1),
     "ssim": Column("SSIM", 1, ".4f", 1),
     "encoder_feature_distance": Column("encoder feature distance", 1, ".3g", -1),
@@ -37,7 +40,7 @@ COLUMNS = {
     "motion_ratio_mean": Column("motion", 1, ".3f", 0),
     "fit_seconds": Column("fit s", 1, ".1f", 0),
 }
-WITH_ERROR = ("final_latent_sqnr_db", "psnr")
+WITH_ERROR = ("final_latent_sqnr_db", "psnr", GAIN)
 
 
 def rows_from_evaluation(report: Mapping[str, Any], head: Mapping[str, Any], *, tag: str = "") -> list[Row]:
@@ -75,14 +78,23 @@ def is_evaluation(row: Row) -> bool:
 
 
 def make_evaluation_tables(rows: Iterable[Row]) -> str:
-    """Markdown of all evaluation rows: for each model and machine one table a bit-width, then one of ablations."""
+    """Markdown of all evaluation rows: for each model and machine one table a bit-width, then the lead of our recipes over
+    published ones, then ablations.
+    """
     groups: dict[tuple[str, str, str, bool, str], list[Row]] = {}
     for row in filter(is_evaluation, rows):
         ablation = ABLATION in _parts(row)
         key = (row["model"], row["device"], row["threads"], ablation, ABLATION if ablation else _bits(row))
         groups.setdefault(key, []).append(row)
     ordered = sorted(groups, key=lambda key: (key[:3], key[3], [-width for width in _widths(key[4])] or [0]))
-    return "\n\n".join(_table(key[4], groups[key]) for key in ordered)
+    machines = list(dict.fromkeys(key[:3] for key in ordered))
+    found = []
+    for machine in machines:
+        plain, ablated = ([key for key in ordered if key[:4] == (*machine, kind)] for kind in (False, True))
+        found += [_table(key[4], groups[key]) for key in plain]
+        found.append(make_lead_table({key[4]: _latest(groups[key]) for key in plain}))
+        found += [_table(key[4], groups[key]) for key in ablated]
+    return "\n\n".join(filter(None, found))
 
 
 def _parts(row: Row) -> list[str]:
@@ -99,11 +111,7 @@ def _widths(label: str) -> list[int]:
 
 def _table(title: str, rows: Sequence[Row]) -> str:
     """One table, the latest measurement of each number, best latent SQNR first, the best of each column in bold."""
-    latest: dict[tuple[str, str], Row] = {}
-    for row in rows:
-        before = latest.get((row["recipe"], row["metric"]))
-        if before is None or row["date"] >= before["date"]:
-            latest[row["recipe"], row["metric"]] = row
+    latest = _latest(rows)
     shown = [name for name in COLUMNS if any(metric == name for _, metric in latest)]
     names = sorted(
         {recipe for recipe, _ in latest}, key=lambda name: (-_value(latest.get((name, "final_latent_sqnr_db"))), name)
@@ -120,6 +128,15 @@ def _table(title: str, rows: Sequence[Row]) -> str:
         simulated = any(name == recipe and "simulated" in _parts(row) for (name, _), row in latest.items())
         lines.append(f"| {recipe} | {' | '.join(cells)} | {'simulated' if simulated else 'real'} |")
     return "\n".join(lines)
+
+
+def _latest(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    latest: dict[tuple[str, str], Row] = {}
+    for row in rows:
+        before = latest.get((row["recipe"], row["metric"]))
+        if before is None or row["date"] >= before["date"]:
+            latest[row["recipe"], row["metric"]] = row
+    return latest
 
 
 def _how(rows: Iterable[Row]) -> str:
@@ -146,5 +163,5 @@ def _cell(row: Row | None, name: str, best: float | None) -> str:
     column, value = COLUMNS[name], float(row["value"])
     text = f"{value * column.factor:{column.form}}"
     if name in WITH_ERROR and row["high"]:
-        text += f" ± {(float(row['high']) - value) * column.factor:{column.form}}"
+        text += f" ± {(float(row['high']) - value) * column.factor:{column.form.lstrip('+')}}"
     return f"**{text}**" if best is not None and value == best else text

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evaluation_tables import ABLATION, is_evaluation, make_evaluation_tables, rows_from_evaluation
+from benchmarks.leads import gain_rows
 from benchmarks.peer_tables import PEERS, is_peers, make_peer_tables, rows_from_peers
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -237,8 +238,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         help="put added evaluations into the table of ablations, or other runs into that of recipes beside other tools",
     )
     flags = parser.parse_args(arguments)
-    for file in flags.add:
-        add_rows(rows_from_report(json.loads(Path(file).read_text(encoding="utf-8")), tag=flags.tag))
+    for file in map(Path, flags.add):
+        rows = rows_from_report(json.loads(file.read_text(encoding="utf-8")), tag=flags.tag)
+        add_rows([*rows, *(gain_rows(rows, file.parent / "samples") if flags.tag == ABLATION else [])])
     stale = {page: text for page, text in rewritten(read_results()).items() if page.read_text(encoding="utf-8") != text}
     for page, text in stale.items():
         if flags.check:
