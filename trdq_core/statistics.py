@@ -150,5 +150,5 @@ def _spearman_mean(items: Tensor, weight_absmax: Tensor | None) -> Tensor:
         raise CalibrationError(
             'absmax "spearman": it weighs calibration items by the weights; pass weight_absmax, or use "max" or "ema".'
         )
-    rho = torch.tensor([spearman(item, weight_absmax.float()) for item in items])
-    return (-rho).softmax(0) @ items
+    rho = spearman(items, weight_absmax.float())
+    return (-rho).softmax(0).to(items.dtype) @ items

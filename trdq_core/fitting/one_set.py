@@ -16,7 +16,7 @@ from trdq_core.specs import LowRankSpec, QuantSpec, TransformSpec
 from trdq_core.transforms.base import InputTransform
 from trdq_core.transforms.fit import find_smoothing, fit_transform
 from trdq_core.transforms.smoothing import Smoothing
-from trdq_core.weights.gptq import triangular
+from trdq_core.weights.gptq import second_moments
 from trdq_core.weights.grids import WeightGrid, fit_grid
 from trdq_core.weights.low_rank import fit_low_rank
 from trdq_core.weights.rounding import Weight, dequantize_weight, quantize_weight
@@ -155,7 +155,7 @@ def _rounded_by_gptq(
 ) -> FittedSet:
     """GPTQ bends a weight towards the rows it sees. Where rows of other prompts fare much worse, they choose among more
     damping and rounding to nearest: what reads text, or what attention made of it, moves in few directions a prompt."""
-    exact, moments, stacked = InputGrid(None), triangular(inputs), StackedWeights(transformed, spec)
+    exact, moments, stacked = InputGrid(None), second_moments(inputs), StackedWeights(transformed, spec)
 
     def encoded(values: Mapping[str, Tensor]) -> FittedSet:
         return FittedSet(transform, {name: stacked.grids[name].encode(each) for name, each in values.items()})

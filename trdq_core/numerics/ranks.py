@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
 def ranks(values: Tensor) -> Tensor:
-    """The rank of every entry of `values` (n,), from 0, float64; equal entries share the mean of their ranks."""
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    last = counts.cumsum(0).double()
-    return (last - (counts + 1) / 2)[place]
+    """The rank of every entry of `values` (..., n) along the last axis, from 0, float64; equal entries share their mean."""
+    values = values.contiguous()
+    ordered = values.sort(-1).values
+    below, upto = (torch.searchsorted(ordered, values, right=right) for right in (False, True))
+    return (below + upto - 1).double() / 2
 
 
-def spearman(first: Tensor, second: Tensor) -> float:
-    """Spearman's rank correlation of two vectors (n,), -1 to 1; 0 where one of them is constant."""
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Spearman's rank correlation of vectors (..., n) with `second` (n,), float64 (...), -1 to 1; 0 where one is constant."""
     a, b = ranks(first), ranks(second)
-    a, b = a - a.mean(), b - b.mean()
-    size = float(a.norm() * b.norm())
-    return float(a.dot(b)) / size if size else 0.0
+    a, b = a - a.mean(-1, keepdim=True), b - b.mean()
+    size = a.norm(dim=-1) * b.norm()
+    return torch.where(size > 0, (a @ b) / size.where(size > 0, 1), 0)

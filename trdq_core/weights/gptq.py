@@ -23,8 +23,9 @@ Order = Literal["natural", "activation"]
 def gptq(
     weight: Tensor,
     grid: WeightGrid,
-    inputs: Tensor | None,
+    inputs: Tensor | None = None,
     *,
+    moments: Tensor | None = None,
     order: Order = "activation",
     block: int = BLOCK,
     damping: float = DAMPING,
@@ -33,34 +34,40 @@ def gptq(
     """Grid values (out, in) float64 that keep the output on `inputs` (rows, in), sampled rows of what the linear reads.
 
     "activation" takes the columns with the largest inputs first. Columns whose input was always zero are rounded to nearest.
+    Who rounds several times gives the `second_moments` of the inputs in their place.
     CalibrationError without inputs or with NaN in them, ShapeError if their width is another.
     """
-    weight = weight.detach().double().clone()
-    factor, columns = _prepare(weight, inputs, order, damping, layer)
-    values = torch.empty_like(weight)
-    weight, numbers = weight[:, columns], columns.tolist()
-    for first in range(0, len(columns), block):
-        last = min(first + block, len(columns))
-        errors = torch.empty_like(weight[:, first:last])
+    weight = weight.detach().double()
+    moments = second_moments(_checked(weight, inputs, layer)) if moments is None else moments
+    factor, columns = _prepare(moments, order, damping)
+    # Channels lie in rows meanwhile, so that every step reads and writes memory in one piece.
+    left, numbers = weight.T[columns].contiguous(), columns.tolist()
+    values = torch.empty_like(left)
+    for first in range(0, len(numbers), block):
+        last = min(first + block, len(numbers))
+        errors = torch.empty_like(left[first:last])
         for position in range(first, last):
-            column = numbers[position]
-            rounded = grid.nearest(weight[:, position : position + 1], column)
-            values[:, column] = rounded[:, 0]
-            error = (weight[:, position] - rounded[:, 0]) / factor[position, position]
-            weight[:, position:last] -= error[:, None] * factor[position, position:last]
-            errors[:, position - first] = error
-        weight[:, last:] -= errors @ factor[first:last, last:]
-    return values
+            rounded = grid.nearest(left[position, :, None], numbers[position])[:, 0]
+            values[numbers[position]] = rounded
+            error = (left[position] - rounded).div_(factor[position, position])
+            left[position:last].addr_(factor[position, position:last], error, alpha=-1)
+            errors[position - first] = error
+        left[last:].addmm_(factor[first:last, last:].T, errors, alpha=-1)
+    return values.T.contiguous()
 
 
-def triangular(rows: Tensor) -> Tensor:
-    """float64 rows (at most in, in) with the second moments of `rows` (n, in): all that GPTQ and output errors look at."""
+def second_moments(rows: Tensor) -> Tensor:
+    """rows^T rows (in, in) float64 of `rows` (n, in): all that GPTQ and the errors of outputs look at."""
     rows = rows.detach().double()
-    return torch.linalg.qr(rows, mode="r").R if len(rows) > rows.shape[1] else rows
+    return rows.T @ rows
 
 
-def _prepare(weight: Tensor, inputs: Tensor | None, order: Order, damping: float, layer: str) -> tuple[Tensor, Tensor]:
-    """The upper Cholesky factor of the inverse Hessian in the order of the columns, and that order."""
+def output_error(change: Tensor, moments: Tensor) -> float:
+    """The squared error of the outputs on rows with `moments` (in, in) when weights (out, in) move by `change`."""
+    return max(float(((change @ moments) * change).sum()), 0.0)  # rounding can bring it below zero
+
+
+def _checked(weight: Tensor, inputs: Tensor | None, layer: str) -> Tensor:
     if inputs is None or not len(inputs):
         raise CalibrationError(
             f'{layer}: rounding "gptq" needs sampled inputs of the layer; calibrate the model, or use rounding "nearest".'
@@ -71,8 +78,11 @@ def _prepare(weight: Tensor, inputs: Tensor | None, order: Order, damping: float
         )
     if not torch.isfinite(inputs).all():
         raise CalibrationError(f"{layer}: its sampled inputs hold NaN or infinity; calibrate the model again.")
-    rows = inputs.detach().double()
-    hessian = rows.T @ rows
+    return inputs
+
+
+def _prepare(hessian: Tensor, order: Order, damping: float) -> tuple[Tensor, Tensor]:
+    """The upper Cholesky factor of the inverse Hessian in the order of the columns, and that order."""
     diagonal = hessian.diagonal()
     dead = diagonal == 0
     # A dead column takes part in no product: any positive curvature makes it round to nearest and correct nobody.
@@ -80,7 +90,7 @@ def _prepare(weight: Tensor, inputs: Tensor | None, order: Order, damping: float
     columns = (
         diagonal.argsort(descending=True, stable=True)
         if order == "activation"
-        else torch.arange(len(diagonal), device=rows.device)
+        else torch.arange(len(diagonal), device=hessian.device)
     )
     hessian = hessian[columns][:, columns]
     hessian.diagonal().add_(damping * live_mean + dead[columns] * live_mean)

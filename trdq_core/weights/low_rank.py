@@ -15,7 +15,7 @@ from torch import Tensor
 
 from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.specs import LowRankSpec, QuantSpec, Rounding
-from trdq_core.weights.gptq import DAMPING, triangular
+from trdq_core.weights.gptq import DAMPING, output_error, second_moments
 from trdq_core.weights.stacked import StackedWeights
 from trdq_core.weights.stored import Weight
 
@@ -82,9 +82,9 @@ def fit_low_rank(
     """
     names = list(layers) if layers is not None else [layer, *(f"{layer} {n}" for n in range(2, len(weights) + 1))]
     weights = [weight.detach().double() for weight in weights]
-    rows = _checked(weights, inputs, names)
-    judge = rows if held_out is None else _checked(weights, held_out, names)
-    problem = _Problem(weights, names, spec, rows, judge)
+    moments = _moments(weights, inputs, names)
+    judge = moments if held_out is None else _moments(weights, held_out, names)
+    problem = _Problem(weights, names, spec, moments, judge)
     without = problem.nearest(*problem.no_branch(low_rank.rank), 0)
     kept, target = None, problem.stacked
     for iteration in range(1, low_rank.iterations + 1):
@@ -121,12 +121,12 @@ class _Candidate(NamedTuple):
 
 
 class _Problem(NamedTuple):
-    """Linears that read one tensor, and triangular factors (at most in, in) of the rows to fit on and to judge on."""
+    """Linears that read one tensor, and second moments (in, in) of the rows to fit on and to judge on."""
 
     weights: list[Tensor]
     names: list[str]
     spec: QuantSpec
-    rows: Tensor
+    moments: Tensor
     judge: Tensor
 
     @property
@@ -148,13 +148,13 @@ class _Problem(NamedTuple):
 
     def gptq(self, fit: _Candidate, damping: float) -> _Candidate:
         """The same branch, the rest rounded by GPTQ."""
-        rounded = torch.cat(list(fit.residual.gptq(self.rows, damping).values()))
+        rounded = torch.cat(list(fit.residual.gptq(self.moments, damping).values()))
         return self._candidate(fit.down, fit.up, rounded, fit.residual, fit.iteration)
 
     def refit(self, fit: _Candidate, rank: int, damping: float, seed: int) -> _Candidate:
         """The same rounded rest, the branch that is best for it in the metric of the inputs: SVD_r((W - Q) C) C^-1 with
         C C^T their damped second moments (QERA, arXiv 2410.06040; EoRA, arXiv 2410.21271)."""
-        moments = self.rows.T @ self.rows
+        moments = self.moments.clone()
         mean = moments.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
         moments.diagonal().add_(damping * mean)
         root = torch.linalg.cholesky(moments)
@@ -173,12 +173,12 @@ class _Problem(NamedTuple):
         self, down: Tensor, up: Tensor, rounded: Tensor, residual: StackedWeights, iteration: int
     ) -> _Candidate:
         change = up.double() @ down.double() + rounded - self.stacked
-        errors = [float((rows @ change.T).square().sum()) for rows in (self.rows, self.judge)]
+        errors = [output_error(change, moments) for moments in (self.moments, self.judge)]
         return _Candidate(down, up, rounded, residual, *errors, iteration)
 
 
-def _checked(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[str]) -> Tensor:
-    """The inputs as float64 rows, no more of them than columns: errors need only their second moments."""
+def _moments(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[str]) -> Tensor:
+    """The second moments of the inputs, all that errors need."""
     if inputs is None or not len(inputs):
         raise CalibrationError(
             f"{names[0]}: a low-rank branch is chosen by the output error and needs sampled inputs of the layer; "
@@ -192,4 +192,4 @@ def _checked(weights: Sequence[Tensor], inputs: Tensor | None, names: Sequence[s
         )
     if not torch.isfinite(inputs).all():
         raise CalibrationError(f"{names[0]}: its sampled inputs hold NaN or infinity; calibrate the model again.")
-    return triangular(inputs)
+    return second_moments(inputs)

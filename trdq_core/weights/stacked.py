@@ -30,16 +30,16 @@ class StackedWeights:
         """Grid values (out, in) float64 nearest to each weight."""
         return {name: grid.nearest(self.weights[name].double()) for name, grid in self.grids.items()}
 
-    def gptq(self, inputs: Tensor, damping: float = DAMPING) -> dict[str, Tensor]:
-        """Grid values (out, in) float64 by GPTQ on `inputs` (rows, in). Output channels do not know of each other, so one
-        pass does for all linears, unless each has a single scale."""
+    def gptq(self, moments: Tensor, damping: float = DAMPING) -> dict[str, Tensor]:
+        """Grid values (out, in) float64 by GPTQ on inputs with second `moments` (in, in). Output channels do not know of each
+        other, so one pass does for all linears, unless each has a single scale."""
         if self._together is None:
             return {
-                name: gptq(weight, self.grids[name], inputs, damping=damping, layer=name)
+                name: gptq(weight, self.grids[name], moments=moments, damping=damping, layer=name)
                 for name, weight in self.weights.items()
             }
         first, stacked = next(iter(self.weights)), torch.cat(list(self.weights.values()))
-        values = gptq(stacked, self._together, inputs, damping=damping, layer=first)
+        values = gptq(stacked, self._together, moments=moments, damping=damping, layer=first)
         parts = values.split([len(weight) for weight in self.weights.values()])
         return dict(zip(self.weights, parts, strict=True))
 
