@@ -63,6 +63,7 @@ CHANGES: dict[str, Change] = {
     "absmax-max": smoothing(absmax="max"),
     "no-serpentine": without("serpentine"),
     "no-hadamard": without("hadamard"),
+    "hadamard-alone": lambda rule: without("smooth")(without("serpentine")(rule)),
     "no-signs": transforms(lambda spec: dataclasses.replace(spec, random_signs=False)),
     "greedy": greedy,
     "low-rank-32": lambda rule: dataclasses.replace(rule, low_rank=LowRankSpec(rank=32)),
@@ -90,6 +91,9 @@ def variants(weight_bits: int, activation_bits: int) -> list[Recipe]:
     for kind in ("uniform", "dp"):
         grouped = make_recipe(METHOD, **bits, groups=4, group_kind=kind)
         found.append(dataclasses.replace(grouped, name=f"{kind}-groups-4-{label}"))
+        if kind == "uniform":  # whether it is the scales of each group that pay, or its rounding
+            rules = tuple(without("smooth")(rule) for rule in grouped.rules)
+            found.append(dataclasses.replace(grouped, name=f"{kind}-groups-4-no-smoothing-{label}", rules=rules))
     return [*found, *low_rank_variants(bits, label)]
 
 
