@@ -16,8 +16,7 @@ from trdq_core.errors import StorageError
 from trdq_core.kernels import cpu, native
 from trdq_core.kernels.observing import Call, observed, peak_operations, timed_phases
 from trdq_core.kernels.types import NO_STAGES, Epilogue, Prologue
-from trdq_core.step_profile import CATEGORIES, Peaks, measured_peaks, roofline, split_step, trace_step
-from trdq_core.step_profile import split
+from trdq_core.step_profile import CATEGORIES, Peaks, measured_peaks, roofline, split, split_step, trace_step
 from trdq_core.step_profile.command import memory_of, shares_of, trace_file
 from trdq_core.step_profile.split import category_of
 

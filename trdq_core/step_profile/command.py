@@ -20,7 +20,7 @@ from trdq_core.step_profile.split import split_step, trace_step
 def profile_steps(
     session: Session, report: dict[str, Any], denoisers: Mapping[str, nn.Module], call: Mapping[str, Any]
 ) -> None:
-    """Add "split" with the shares of it, "roofline" and, if the specification names a file, a Chrome trace to the rows of some denoisers.
+    """Add "split" with its shares, "roofline" and, if the specification names a file, a Chrome trace to rows of denoisers.
 
     `call` holds the arguments of one denoiser call. Simulated rows get none of it, since their time is that of no kernel, nor
     do other tools, whose work is not cut into operators that torch's profiler could see.

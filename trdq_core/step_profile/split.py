@@ -23,7 +23,10 @@ CATEGORIES = ("linears", "attention", "rotation_quantization", "norms_modulation
 _OPERATORS: tuple[tuple[str, str], ...] = (
     (r"attention|softmax|^aten::bmm$|^trdq::attend", "attention"),
     (r"addmm|::mm$|_int_mm|::linear$|mkldnn_linear|qlinear|^trdq::(triton_(fp8_)?)?linear|scaled_mm$", "linears"),
-    (r"trdq::(triton_)?(quantize|transform)|round|clamp|amax|amin|index_select|nan_to_num|bitwise", "rotation_quantization"),
+    (
+        r"trdq::(triton_)?(quantize|transform)|round|clamp|amax|amin|index_select|nan_to_num|bitwise",
+        "rotation_quantization",
+    ),
     (r"gelu|silu|sigmoid", "activations"),
     (r"layer_norm|::(add|mul|addcmul|rsub)_?$", "norms_modulation"),
 )
