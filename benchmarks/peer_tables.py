@@ -1,28 +1,27 @@
-"""Tables that set recipes beside other tools in one run, from rows of benchmarks/results.csv.
+"""Tables that set recipes beside other tools in one run, from rows of benchmarks/results.csv; see peer_rows.
 
-A row's note says what it is, with semicolons between: how it was sampled, "peers", and the arithmetic that was seen to run,
-or "failed" and the sentence that says why. Times have the 10th and 90th percentile in `low` and `high`, quality one
-standard deviation over prompts.
+A table shows one run: the latest whole one of a model, machine and number of threads, that is one with the reference and at
+least one tool. Numbers of different runs never stand in one table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-PEERS, FAILED = "peers", "failed"
-REFERENCE, NOISE_FLOOR, COMPILED = "fp", "noise_floor", "peer-torch-compile"
+from benchmarks.peer_rows import COMPILED, FAILED, PEERS, REFERENCE, RUN, Row, is_rival
 
-Row = dict[str, str]
+Latest = Mapping[tuple[str, str], Row]  # recipe and metric
 
 
 class Column(NamedTuple):
-    """One metric: title, factor on the stored value, format of the number, whether its spread is shown."""
+    """One metric: title, factor on the stored value, format of the number, whether its spread, or its n as a total, is shown."""
 
     title: str
     factor: float
     form: str
     spread: bool = False
+    total: bool = False
 
 
 COLUMNS = {
@@ -30,34 +29,19 @@ COLUMNS = {
     "ssim": Column("SSIM", 1, ".4f"),
     "final_latent_sqnr_db": Column("latent SQNR dB", 1, ".2f"),
     "step_ms": Column("step ms", 1, ".1f", True),
-    "speedup": Column("against FP32", 1, ".2f"),
-    "speedup_compiled": Column("against FP32 compiled", 1, ".2f"),
+    "speedup": Column("against FP32", 1, ".2f", True),
+    "speedup_compiled": Column("against FP32 compiled", 1, ".2f", True),
+    "speedup_rival": Column("against the best other tool", 1, ".2f", True),
+    "speedup_other_rival": Column("against the best without OpenVINO", 1, ".2f", True),
+    "rotation_quantize_share": Column("rotate and quantize, % of step", 100, ".1f"),
+    "product_peak_share": Column("products, % of 8-bit peak", 100, ".0f"),
+    "transformed_layers": Column("layers transformed", 1, ".0f", total=True),
     "weight_bytes": Column("weights MiB", 2**-20, ".2f"),
     "file_bytes": Column("file MiB", 2**-20, ".2f"),
+    "file_share": Column("of bf16 file", 1, ".3f"),
     "calibration_seconds": Column("calibration s", 1, ".1f"),
     "fit_seconds": Column("fit s", 1, ".1f"),
 }
-SPREADS = {"psnr": "psnr_std", "ssim": "ssim_std"}
-
-
-def rows_from_peers(report: Mapping[str, Any], head: Mapping[str, Any]) -> list[Row]:
-    """The numbers of a compare or profile run as rows of the results file; a tool that failed is a row with its reason."""
-    spec, recipes = report["spec"], report["recipes"]
-    how = f"{spec['steps']} steps, guidance {spec['guidance']}, seed {spec['seed']}"
-    rows = []
-    for recipe, facts in recipes.items():
-        if facts["kind"] == NOISE_FLOOR:
-            continue
-        if facts["kind"] == FAILED:
-            note = "; ".join([how, PEERS, f"{FAILED}: {facts['error'].replace(';', ',')}"])
-            cells: list[dict[str, object]] = [{"metric": FAILED, "value": "", "low": "", "high": "", "n": ""}]
-        else:
-            note = "; ".join([how, PEERS, _arithmetic(facts)])
-            cells = _numbers(facts, recipes)
-        rows += [
-            {key: str(cell) for key, cell in {**head, "recipe": recipe, **one, "note": note}.items()} for one in cells
-        ]
-    return rows
 
 
 def is_peers(row: Row) -> bool:
@@ -67,98 +51,102 @@ def is_peers(row: Row) -> bool:
 
 def make_peer_tables(rows: Iterable[Row]) -> str:
     """Markdown: one table for each model and machine, fastest first, then what did not run and why."""
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    return "\n\n".join(_table(members) for members in latest_runs(rows))
+
+
+def latest_runs(rows: Iterable[Row]) -> list[list[Row]]:
+    """The rows of the latest whole run of each model, machine and number of threads, in order of appearance."""
+    groups: dict[tuple[str, str, str], dict[str, list[Row]]] = {}
     for row in filter(is_peers, rows):
-        groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
-    return "\n\n".join(_table(members) for members in groups.values())
+        runs = groups.setdefault((row["model"], row["device"], row["threads"]), {})
+        runs.setdefault(_run(row), []).append(row)
+    whole = ({run: own for run, own in runs.items() if _whole(own)} for runs in groups.values())
+    return [runs[max(runs)] for runs in whole if runs]
 
 
-def _arithmetic(facts: Mapping[str, Any]) -> str:
-    """ "int8 VNNI x 80, simulated": the products that were seen to run, and how many of each."""
-    words = [f"{kernel} x {count}".replace(";", ",") for kernel, count in (facts.get("kernels") or {}).items()]
-    return ", ".join([*words, *(["simulated"] if facts.get("simulated") else [])])
+def by_metric(rows: Iterable[Row]) -> dict[tuple[str, str], Row]:
+    """The rows of one run by recipe and metric."""
+    return {(row["recipe"], row["metric"]): row for row in rows}
 
 
-def _numbers(facts: Mapping[str, Any], recipes: Mapping[str, Any]) -> list[dict[str, object]]:
-    found: list[dict[str, object]] = []
-    for name in COLUMNS:
-        value = facts.get(name)
-        if isinstance(value, Mapping):
-            spread = {"value": value["median"], "low": value["p10"], "high": value["p90"], "n": value["n"]}
-            found.append({"metric": name, **spread})
-        elif value is not None:
-            error = facts.get(SPREADS.get(name, ""))
-            low, high = ("", "") if error is None else (round(value - error, 6), round(value + error, 6))
-            found.append({"metric": name, "value": round(value, 6), "low": low, "high": high, "n": facts.get("n", "")})
-    step = facts.get("step_ms")
-    for name, other in (("speedup", REFERENCE), ("speedup_compiled", COMPILED)):
-        baseline = (recipes.get(other) or {}).get("step_ms")
-        if step and baseline:
-            ratio = round(baseline["median"] / step["median"], 4)
-            found.append({"metric": name, "value": ratio, "low": "", "high": "", "n": step["n"]})
-    return found
+def show(row: Row | None, column: Column) -> str:
+    """One number as a table has it, empty where there is none."""
+    if row is None:
+        return ""
+    text = _form(row["value"], column)
+    if column.total:
+        return f"{text} of {row['n']}"
+    if column.spread and row["low"] and row["high"]:
+        text += f" ({_form(row['low'], column)}–{_form(row['high'], column)})"
+    return text
+
+
+def rivals_line(latest: Latest) -> str:
+    """Which tools the speedups over rivals are against."""
+    times = {
+        name: float(row["value"]) for (name, metric), row in latest.items() if metric == "step_ms" and is_rival(name)
+    }
+    others = {name: ms for name, ms in times.items() if not name.startswith("peer-openvino")}
+    words = []
+    if times:
+        words.append(f"Best other tool: {min(times, key=lambda name: times[name])}")
+    if others and len(others) < len(times):
+        words.append(f"without OpenVINO: {min(others, key=lambda name: others[name])}")
+    return f" {'; '.join(words)}; of those that quantize." if words else ""
 
 
 def _parts(row: Row) -> list[str]:
     return [part.strip() for part in row["note"].split(";")]
 
 
+def _run(row: Row) -> str:
+    return next((part for part in _parts(row) if part.startswith(RUN)), "")
+
+
+def _whole(rows: Sequence[Row]) -> bool:
+    names = {row["recipe"] for row in rows}
+    return REFERENCE in names and any(is_rival(name) or name == COMPILED for name in names)
+
+
 def _table(rows: Sequence[Row]) -> str:
-    """One table of the latest measurements; what failed the last time it was tried stands below it."""
-    latest: dict[tuple[str, str], Row] = {}
-    newest: dict[str, str] = {}
-    for row in rows:
-        newest[row["recipe"]] = max(newest.get(row["recipe"], ""), row["date"])
-    for row in rows:
-        if row["date"] == newest[row["recipe"]]:
-            latest[row["recipe"], row["metric"]] = row
-    failed = {recipe: row for (recipe, metric), row in latest.items() if metric == FAILED}
+    """One table of a run; what failed in it stands below."""
+    latest = by_metric(rows)
+    failed = [row for (_, metric), row in latest.items() if metric == FAILED]
     shown = [name for name in COLUMNS if any(metric == name for _, metric in latest)]
     names = sorted({recipe for recipe, metric in latest if metric != FAILED}, key=lambda name: _time(latest, name))
     first = rows[0]
     lines = [
-        f"**{first['model']}, other tools in the same run** on {first['device']}, {first['threads']} threads. {_how(latest)}",
+        f"**{first['model']}, other tools in the same run** on {first['device']}, {first['threads']} threads. "
+        f"{_how(rows)}{rivals_line(latest)}",
         "",
-        "| recipe or tool | " + " | ".join(COLUMNS[name].title for name in shown) + " | what was seen to run |",
+        "| recipe or tool | "
+        + " | ".join(COLUMNS[name].title for name in shown)
+        + " | arithmetic (of tools: as seen) |",
         "| --- |" + " ---: |" * len(shown) + " --- |",
     ]
     for recipe in names:
-        cells = [_cell(latest.get((recipe, name)), COLUMNS[name]) for name in shown]
-        arithmetic = next(
-            _parts(row)[2] for (name, metric), row in latest.items() if name == recipe and metric != FAILED
-        )
+        cells = [show(latest.get((recipe, name)), COLUMNS[name]) for name in shown]
+        arithmetic = next(_parts(row)[-1] for (name, _), row in latest.items() if name == recipe)
         lines.append(f"| {recipe} | {' | '.join(cells)} | {arithmetic} |")
     if failed:
-        sentences = (
-            f"- {_parts(row)[2].removeprefix(f'{FAILED}: ')}" for recipe, row in failed.items() if recipe not in names
-        )
-        lines += ["", "Did not run:", "", *sentences]
+        lines += ["", "Did not run:", "", *(f"- {_parts(row)[-1].removeprefix(f'{FAILED}: ')}" for row in failed)]
     return "\n".join(lines)
 
 
-def _time(latest: Mapping[tuple[str, str], Row], recipe: str) -> tuple[float, str]:
+def _time(latest: Latest, recipe: str) -> tuple[float, str]:
     row = latest.get((recipe, "step_ms"))
     return (float(row["value"]) if row is not None else float("inf"), recipe)
 
 
-def _how(latest: Mapping[tuple[str, str], Row]) -> str:
-    rows = list(latest.values())
+def _how(rows: Sequence[Row]) -> str:
     settings = sorted({_parts(row)[0] for row in rows})
-    dates = sorted({row["date"] for row in rows})
     prompts = sorted({row["n"] for row in rows if row["metric"] == "psnr"})
     rounds = sorted({row["n"] for row in rows if row["metric"] == "step_ms"})
     words = [*settings, *(f"{n} prompts" for n in prompts), *(f"{n} rounds, interleaved" for n in rounds)]
-    span = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
-    return f"{'; '.join(words)}; measured {span}. Times are medians with the 10th and 90th percentile."
-
-
-def _cell(row: Row | None, column: Column) -> str:
-    if row is None:
-        return ""
-    text = _form(row["value"], column)
-    if column.spread and row["low"] and row["high"]:
-        text += f" ({_form(row['low'], column)}–{_form(row['high'], column)})"
-    return text
+    return (
+        f"{'; '.join(words)}; measured {rows[0]['date']}. Times are medians with the 10th and 90th percentile, speeds medians "
+        "of the rounds' ratios."
+    )
 
 
 def _form(value: str, column: Column) -> str:

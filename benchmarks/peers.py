@@ -29,14 +29,20 @@ MODELS = ("random-dit", "random-pixart-xl")
 RECIPES = ("fp", "rtn-w8a8", "tr-dq-w8a8", "tr-dq-w4a8")
 # Random weights have no outliers, so most transforms harm them and are left out. Trained ones need them: these keep all.
 ROTATED = "-every-rotation"
+GROUPED, GROUPS = (
+    "-4-groups",
+    4,
+)  # with four time groups, switched: a step between swaps; benchmarks.switching has the swaps
 # As the tool does it when nobody says otherwise; of the tool that is the mark to reach, and of the one most like a recipe.
 WHOLE = ("openvino-int8", "torchao-int8-compile")
 CALIBRATION = ("red apple",)  # what random weights are calibrated on has no bearing on their speed
 
 
 def recipe_names() -> list[str]:
-    """Everything that is measured: recipes, ours rotated throughout, then every tool, then two of them on every linear."""
-    ours = (f"{name}{ROTATED}" for name in RECIPES if name.startswith("tr-dq"))
+    """Everything that is measured: recipes, ours with several time groups and rotated throughout, then every tool, then two
+    of them on every linear.
+    """
+    ours = (f"{name}{end}" for name in RECIPES if name.startswith("tr-dq") for end in (GROUPED, ROTATED))
     return [
         *RECIPES,
         *ours,
@@ -46,10 +52,12 @@ def recipe_names() -> list[str]:
 
 
 def recipe_called(name: str) -> Recipe:
-    """The recipe of a name, with ROTATED behind it also the one that keeps every transform."""
-    if not name.endswith(ROTATED):
-        return parse_recipe(name)
-    return dataclasses.replace(parse_recipe(name.removesuffix(ROTATED)), name=name, do_no_harm=False)
+    """The recipe of a name; ROTATED behind it keeps every transform, GROUPED gives it time groups in switched storage."""
+    if name.endswith(GROUPED):
+        return dataclasses.replace(parse_recipe(name.removesuffix(GROUPED), groups=GROUPS), name=name)
+    if name.endswith(ROTATED):
+        return dataclasses.replace(parse_recipe(name.removesuffix(ROTATED)), name=name, do_no_harm=False)
+    return parse_recipe(name)
 
 
 def specification(model: str, names: list[str], *, rounds: int, steps: int) -> RunSpec:

@@ -1,4 +1,4 @@
-"""Result tables of README.md and docs/results.md, generated from benchmarks/results.csv.
+"""Result tables of README.md, docs/results.md and docs/kernels.md, generated from benchmarks/results.csv.
 
     python -m benchmarks.tables                             # rewrite the tables
     python -m benchmarks.tables --check                     # exit 1 if they are not what the file says
@@ -21,8 +21,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.evaluation_tables import ABLATION, is_evaluation, make_evaluation_tables, rows_from_evaluation
+from benchmarks.kernel_tables import is_kernels, make_kernel_page
 from benchmarks.leads import gain_rows
-from benchmarks.peer_tables import PEERS, is_peers, make_peer_tables, rows_from_peers
+from benchmarks.peer_rows import PEERS, file_share, rows_from_peers, speedup
+from benchmarks.peer_tables import is_peers, make_peer_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results.csv"
@@ -51,9 +53,12 @@ METRICS = {
     "work_saving": Metric("denoiser FLOPs saved %", 100, 1, True),
     "step_ms": Metric("step ms", 1, 1, True),
     "speedup": Metric("speed", 1, 2, True),
+    "rotation_quantize_share": Metric("rotate and quantize, % of step", 100, 1, False),
+    "transformed_layers": Metric("layers transformed", 1, 0, True),
     "end_to_end_ms": Metric("whole run ms", 1, 0, False),
     "weight_bytes": Metric("weights MiB", 1 / 2**20, 2, True),
     "weight_share": Metric("of reference", 1, 3, True),
+    "file_share": Metric("file of bf16 file", 1, 3, False),
     "effective_bits": Metric("bits a weight", 1, 2, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
     "call_us": Metric("call µs", 1, 1, False),
@@ -104,7 +109,7 @@ def rows_from_report(report: Mapping[str, Any], *, tag: str = "") -> list[Row]:
     if tag == PEERS:
         return rows_from_peers(report, head)
     setting = f"{spec.get('steps')} steps, guidance {spec.get('guidance')}, seed {spec.get('seed')}"
-    baseline = (report["recipes"].get("fp") or {}).get("step_ms") or {}
+    baseline = report["recipes"].get("fp") or {}
     rows = []
     for recipe, facts in report["recipes"].items():
         for name, value, low, high, n in _numbers(facts, baseline):
@@ -126,9 +131,12 @@ def _numbers(
             spread = facts.get(SPREADS.get(name, ""))
             low, high = ("", "") if spread is None else (round(value - spread, 6), round(value + spread, 6))
             yield name, round(value, 6), low, high, facts.get("n", "")
-    step = facts.get("step_ms")
-    if step and baseline:
-        yield "speedup", round(baseline["median"] / step["median"], 4), "", "", step["n"]
+    if (found := speedup(facts, baseline)) is not None:
+        yield "speedup", found["value"], found["low"], found["high"], found["n"]
+    if facts.get("quantized_layers"):
+        yield "transformed_layers", facts["transformed_layers"], "", "", facts["quantized_layers"]
+    if (share := file_share(facts)) is not None:
+        yield "file_share", share, "", "", ""
     if facts.get("weight_bytes") and facts.get("fp_weight_bytes"):
         yield "weight_share", round(facts["weight_bytes"] / facts["fp_weight_bytes"], 5), "", "", ""
 
@@ -142,7 +150,7 @@ def make_tables(rows: Sequence[Row], *, brief: bool) -> str:
         return EMPTY
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        if not is_evaluation(row) and not is_peers(row):
+        if not is_evaluation(row) and not is_peers(row) and not is_kernels(row):
             groups.setdefault((row["model"], row["device"], row["threads"]), []).append(row)
     found = [_table(key, members, brief=brief) for key, members in groups.items() if not brief or _in_brief(members)]
     further = [] if brief else [make_peer_tables(rows), make_evaluation_tables(rows)]
@@ -199,6 +207,8 @@ def _cell(row: Row | None, metric: Metric, *, brief: bool) -> str:
     if row is None or row["value"] in ("", "None"):
         return ""
     text = _form(row["value"], metric)
+    if row["metric"] == "transformed_layers":
+        return f"{text} of {row['n']}"
     if not brief and row["low"] and row["high"]:
         text += f" ({_form(row['low'], metric)}–{_form(row['high'], metric)})"
     return text
@@ -220,15 +230,14 @@ def between_markers(text: str, inside: str) -> str:
 def rewritten(rows: Sequence[Row], root: Path = ROOT) -> dict[Path, str]:
     """The pages with tables, as they should read."""
     pages = {root / "README.md": True, root / "docs" / "results.md": False}
-    return {
-        page: between_markers(page.read_text(encoding="utf-8"), make_tables(rows, brief=brief))
-        for page, brief in pages.items()
-    }
+    inside = {page: make_tables(rows, brief=brief) for page, brief in pages.items()}
+    inside[root / "docs" / "kernels.md"] = make_kernel_page(rows)
+    return {page: between_markers(page.read_text(encoding="utf-8"), text) for page, text in inside.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Add what is asked for, then rewrite or check the pages."""
-    parser = argparse.ArgumentParser(description="Write the result tables of README.md and docs/results.md.")
+    parser = argparse.ArgumentParser(description="Write the result tables of README.md and of docs/.")
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a page is out of date")
     parser.add_argument("--add", nargs="+", metavar="REPORT", default=[], help="report.json files to take in first")
     parser.add_argument(

@@ -21,13 +21,14 @@ ROW = 46  # px of one bar
 
 
 def split_bars(splits: Mapping[str, Mapping[str, Any]]) -> go.Figure:
-    """One bar a recipe, stacked by what its profiled step went into; `splits` are the "split" of report rows by title."""
+    """One bar a recipe, stacked by what its step went into; `splits` are the "split" of report rows by title."""
     figure = go.Figure()
     names = list(splits)
     for key, (words, colour) in PARTS.items():
         values = [split["parts_ms"][key] for split in splits.values()]
         shares = [
-            100 * value / (split["total_ms"] or 1.0) for value, split in zip(values, splits.values(), strict=True)
+            100 * value / (sum(split["parts_ms"].values()) or 1.0)
+            for value, split in zip(values, splits.values(), strict=True)
         ]
         figure.add_trace(
             go.Bar(
@@ -35,7 +36,7 @@ def split_bars(splits: Mapping[str, Mapping[str, Any]]) -> go.Figure:
                 customdata=shares, hovertemplate=f"{words}: %{{x:.2f}} ms, %{{customdata:.0f}} %<extra></extra>",
             )
         )  # fmt: skip
-    figure.update_layout(**layout("One profiled step", "ms", "", 190 + ROW * len(names)))
+    figure.update_layout(**layout("One step", "ms", "", 190 + ROW * len(names)))
     figure.update_layout(barmode="stack", bargap=0.35, hovermode="closest", showlegend=True, margin={"t": 44})
     # Below the bars: on a phone it has a line for each part, which would run into the title.
     figure.update_layout(legend={"traceorder": "normal", "yref": "container", "y": 0.01, "yanchor": "bottom"})

@@ -28,7 +28,7 @@ def test_rows_for_what_was_profiled() -> None:
     header, rows = profile_text.split_rows(REPORT["recipes"])
     assert [row[0] for row in rows] == ["fp", "tr-dq-w8a8"]
     assert all(len(row) == len(header) for row in rows)
-    assert rows[0][1:] == ("1.2",) * 6 + ("8.0", "7.5")
+    assert rows[0][1:] == ("1.2",) * 6 + ("7.5", "8.0")
 
 
 def test_calls_beside_their_bound() -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import torch
 from torch import nn
@@ -18,9 +21,25 @@ def test_variants_take_turns_after_a_warm_up() -> None:
     order: list[str] = []
     variants = {name: (lambda name=name: order.append(name)) for name in "ab"}
     times = profiling.time_interleaved(variants, 3, after_round=lambda: order.append("|"))
-    assert "".join(order) == "ab" * profiling.WARM_UP + "ab|ab|ab|"
+    assert "".join(order) == "ab" * profiling.WARM_UP + "ab|ba|ab|"
     assert {name: len(values) for name, values in times.items()} == {"a": 3, "b": 3}
     assert min(min(values) for values in times.values()) >= 0
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 7, 8, 19])
+def test_each_variant_meets_all_places_and_all_predecessors(count: int) -> None:
+    """Over one square (two for an odd count) every ordered pair of neighbours comes equally often."""
+    names = [str(index) for index in range(count)]
+    rounds = [profiling.round_order(names, turn) for turn in range(2 * count)]
+    for place in range(count):
+        assert sorted(order[place] for order in rounds) == sorted(2 * names)
+    pairs = Counter(pair for order in rounds for pair in pairwise(order))
+    assert set(pairs.values()) <= {2}
+    assert len(pairs) == count * (count - 1)
+
+
+def test_ratios_are_those_of_rounds() -> None:
+    assert profiling.ratios([1.0, 2.0, 4.0], [2.0, 2.0, 2.0]) == {"median": 1.0, "p10": 0.5, "p90": 2.0, "n": 3}
 
 
 class Denoiser(nn.Module):

@@ -67,7 +67,7 @@ class Conversion:
 
         `file_bytes` are those of the whole denoiser in a file with every code packed tightly. `packed_bits` are those of the
         quantized layers in it, scales and transforms included; `effective_bits` those that this machine holds. Both per
-        weight of the quantized layers.
+        weight of the quantized layers. `transformed_layers` are those that scale, permute or rotate their input.
         """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
@@ -86,6 +86,8 @@ class Conversion:
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,
+            "quantized_layers": len(layers),
+            "transformed_layers": sum(not layer.input_quantizer.stages().empty for layer in layers.values()),
             "fused": self.fused,
             "simulated": simulated,
             "sets": max((len(f.distinct) for f in self.fitted), default=1),

@@ -36,21 +36,43 @@ def summary(milliseconds: Sequence[float]) -> dict[str, float | int]:
 def time_interleaved(
     variants: Mapping[str, Callable[[], Any]], rounds: int, after_round: Callable[[], None] | None = None
 ) -> dict[str, list[float]]:
-    """Milliseconds of every call of every variant, run A B C A B C, so that drift of the machine hits all alike."""
+    """Milliseconds of every call of every variant, one of each in a round, so that drift of the machine hits all alike.
+
+    Warm-up first. The order is another one in each round: see `round_order`.
+    """
     for _ in range(WARM_UP):
         for call in variants.values():
             call()
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for _ in range(rounds):
-        for name, call in variants.items():
+    names = list(variants)
+    for turn in range(rounds):
+        for name in round_order(names, turn):
             _synchronize()
             started = time.perf_counter()
-            call()
+            variants[name]()
             _synchronize()
             times[name].append(1000 * (time.perf_counter() - started))
         if after_round is not None:
             after_round()
     return times
+
+
+def round_order(names: Sequence[str], turn: int) -> list[str]:
+    """The order of one round: within `len(names)` rounds each name stands once at each place, after ever other names.
+
+    So none always finds the caches, and the threads still spinning, of the same predecessor. Rows of a Latin square balanced
+    for what one leaves to the next (Williams 1949): 0, 1, n-1, 2, n-2, ... moved on by one each round, and for an odd n every
+    other n rounds backwards.
+    """
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else (count - place // 2) % count for place in range(count)]
+    order = [names[(index + turn) % count] for index in zigzag]
+    return order[::-1] if count % 2 and (turn // count) % 2 else order
+
+
+def ratios(times: Sequence[float], others: Sequence[float]) -> dict[str, float | int]:
+    """How many times as long `others` took as `times`, round by round: median, percentiles and count of the ratios."""
+    return summary([other / own for own, other in zip(times, others, strict=True)])
 
 
 def record_inputs(denoiser: nn.Module, run: Callable[[], Any]) -> list[dict[str, Any]]:

@@ -101,10 +101,10 @@ def note_of(run: StoredRun, rows: dict[str, dict[str, Any]]) -> str:
         if peaks.get(key):
             words[-1] += f", {unit} {peaks[key] / 1e9:.0f} G operations/s"
     words[-1] += "."
-    slower = max(
-        facts["split"]["total_ms"] / facts["split"]["plain_ms"] for facts in rows.values() if facts.get("split")
-    )
-    words.append(f"Under the profiler a step took up to {slower:.2f} times as long; the rest holds that.")
+    splits = [facts["split"] for facts in rows.values() if facts.get("split")]
+    slower = max(split["total_ms"] / split["plain_ms"] for split in splits)
+    whose = "no part holds that" if all("how" in split for split in splits) else "the rest holds that"  # older runs
+    words.append(f"Under the profiler a step took up to {slower:.2f} times as long; {whose}.")
     simulated = [title for title, facts in rows.items() if facts.get("simulated")]
     if simulated:
         words.append(f"Simulated, so without times: {', '.join(simulated)}.")

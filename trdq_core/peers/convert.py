@@ -20,6 +20,7 @@ from trdq_core.errors import PeerError, TRDQError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.nn.modules import share_copy
 from trdq_core.peers.base import Call, Converted, PeerDenoiser, Task, reason
+from trdq_core.peers.measures import compiled_since, compiled_so_far
 from trdq_core.plan import LayerInfo, rule_for
 from trdq_core.presets import Peer, find_peer, missing
 from trdq_core.presets.peers import REQUIREMENTS
@@ -78,7 +79,7 @@ def convert_peer(
         peer, share_copy(model.denoiser), tuple(layer.name for layer in chosen), recipe.peer != peer.name,
         recorder.example(), recorder.calls,
     )  # fmt: skip
-    started = time.perf_counter()
+    started, before = time.perf_counter(), compiled_so_far()
     try:
         with _quietly():
             converted = importlib.import_module(f"trdq_core.peers.{peer.tool}").convert(task)
@@ -90,7 +91,11 @@ def convert_peer(
             f"{recipe.name}: {_versions(peer)} could not convert or run this model ({reason(error)}); leave it out."
         ) from error
     seconds = time.perf_counter() - started - converted.calibration_seconds
-    return PeerConversion(denoiser, recipe, _facts(peer, converted, chosen, seconds))
+    facts = _facts(peer, converted, chosen, seconds)
+    compiled = compiled_since(before)
+    if any(compiled):
+        facts["compiled"] = compiled._asdict()
+    return PeerConversion(denoiser, recipe, facts)
 
 
 def _chosen(layers: Sequence[LayerInfo], recipe: Recipe) -> list[LayerInfo]:

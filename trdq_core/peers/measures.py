@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,29 @@ def kernels_of(module: nn.Module, example: Call, layers: Sequence[str]) -> dict[
         seen = f"multiplied in {dtype}" if tensor.device.type == "cpu" else "product unknown"
         found[f"int8 weights, {seen}"] = rest
     return found
+
+
+class Compiled(NamedTuple):
+    """What torch.compile did: frames it compiled, those it gave up (for a recompile limit, for one), and breaks of a graph."""
+
+    frames: int
+    given_up: int
+    graph_breaks: int
+
+
+def compiled_so_far() -> Compiled:
+    """Of this process, from Dynamo's own counters; all 0 where it was never used."""
+    dynamo = sys.modules.get("torch._dynamo.utils")
+    if dynamo is None:
+        return Compiled(0, 0, 0)
+    counters = dynamo.counters
+    tried, done = counters["frames"]["total"], counters["frames"]["ok"]
+    return Compiled(done, tried - done, sum(counters["graph_break"].values()))
+
+
+def compiled_since(before: Compiled) -> Compiled:
+    """What was compiled and given up since `before`."""
+    return Compiled(*(now - then for now, then in zip(compiled_so_far(), before, strict=True)))
 
 
 class _Counter(io.RawIOBase):

@@ -20,7 +20,7 @@ from trdq_core.step_profile.split import split_step, trace_step
 def profile_steps(
     session: Session, report: dict[str, Any], denoisers: Mapping[str, nn.Module], call: Mapping[str, Any]
 ) -> None:
-    """Add "split", "roofline" and, if the specification names a file, a Chrome trace to the rows of some denoisers.
+    """Add "split" with its shares, "roofline" and, if the specification names a file, a Chrome trace to rows of denoisers.
 
     `call` holds the arguments of one denoiser call. Simulated rows get none of it, since their time is that of no kernel, nor
     do other tools, whose work is not cut into operators that torch's profiler could see.
@@ -48,7 +48,20 @@ def _step(denoiser: nn.Module, call: Mapping[str, Any]) -> Callable[[], Any]:
 
 
 def _measured(step: Callable[[], Any], peaks: Peaks) -> dict[str, Any]:
-    return {"split": split_step(step), "roofline": roofline(step, peaks)}
+    split = split_step(step)
+    return {"split": split, **shares_of(split, peaks), "roofline": roofline(step, peaks)}
+
+
+def shares_of(split: Mapping[str, Any], peaks: Peaks) -> dict[str, float | None]:
+    """What rotation and quantization together are of the plain step; and of the measured 8-bit peak, what the products of
+    the linears reach while they run in the step. None where there are no such products, or the peak is not known.
+    """
+    products, peak = split["products"], peaks.integer_operations_per_s
+    speed = 1000 * products["integer_operations"] / products["ms"] if products["ms"] else 0.0
+    return {
+        "rotation_quantize_share": round(split["parts_ms"]["rotation_quantization"] / split["plain_ms"], 5),
+        "product_peak_share": round(speed / peak, 4) if speed and peak else None,
+    }
 
 
 def trace_file(given: str, recipe: str, *, several: bool) -> Path:
