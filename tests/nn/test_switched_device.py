@@ -211,6 +211,18 @@ def test_compiled_blocks_never_read_too_early() -> None:
     torch.compiler.reset()
 
 
+def test_a_first_swap_in_inference_mode_does_not_bind_later_ones() -> None:
+    """Memory that is made in inference mode can only be written to there; that of the sets is not."""
+    with torch.inference_mode():
+        bench = Bench()
+        bench.sets.bring(3)
+    bench.sets.bring(2)
+    assert bench.step() == 6 * ONE
+    with torch.inference_mode():
+        bench.sets.bring(1)
+        assert bench.step() == 3 * ONE
+
+
 def test_seconds_wait_for_the_last_copy() -> None:
     """What a swap took is asked for afterwards."""
     bench = Bench()

@@ -197,6 +197,7 @@ class DeviceSets:
         for handle in self._handles:
             handle.remove()
 
+    @torch.inference_mode(False)  # or later swaps outside of it could not write into this memory
     def _lay_out(self, members: list[tuple[str, str]]) -> Block:
         """The block's buffers as views of one piece of memory, with what they hold now."""
         buffers = [self.modules[prefix]._buffers[key] for prefix, key in members]
