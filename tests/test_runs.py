@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gzip
 import json
 import math
 from pathlib import Path
@@ -118,8 +119,11 @@ def test_profile_needs_no_pictures(data: Path) -> None:
         command="profile", model="random-dit", recipes=(make_recipe("rtn"),), calibration_prompts=("any",),
         steps=2, timing_rounds=1,
     )  # fmt: skip
-    report = runs.run(spec, runs.new_run_folder("profile"))
+    folder = runs.new_run_folder("profile")
+    report = runs.run(spec, folder)
     row = report["recipes"]["rtn-w8a8"]
+    for one in report["recipes"].values():
+        assert json.loads(gzip.decompress((folder / one["trace_file"]).read_bytes()))["traceEvents"]
     assert row["weight_bytes"] <= 0.30 * row["fp_weight_bytes"]
     assert row["step_ms"]["median"] > 0
     with pytest.raises(ModelError, match="its weights are random and make no pictures"):

@@ -351,6 +351,6 @@ def _switch(conversion: Conversion, folder: Path, statistics: Statistics) -> Non
     file = folder / f"{conversion.recipe.name}-{digest[:12]}.safetensors"
     write_sets(file, sets)
     keep_first_set(modules.values())
-    conversion.switched = SwitchedSets(file, modules)
+    conversion.switched = SwitchedSets(file, modules, denoiser=conversion.denoiser)
     conversion.time.on_change(conversion.switched.activate)
     conversion.switched.activate(conversion.time.group)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 NONE = "–"
@@ -53,6 +54,16 @@ def calls_table(rows: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
         for row in own
     ]  # fmt: skip
     return table(header, lines) if lines else ""
+
+
+def trace_links(traces: Mapping[str, Path], publish: Callable[[Path], str]) -> str:
+    """Links to the Chrome traces of a run's recipes, by their titles; nothing where there are none."""
+    links = [
+        f'<a href="{escape(publish(path))}" download="{escape(path.name)}">{escape(title)}</a>'
+        for title, path in traces.items()
+    ]
+    said = "Chrome trace of one step, for chrome://tracing or ui.perfetto.dev"
+    return f'<p class="tr-small">{said}: {" · ".join(links)}</p>' if links else ""
 
 
 def _ms(value: float | None) -> str:

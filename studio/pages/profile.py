@@ -9,9 +9,11 @@ import gradio as gr
 
 from studio import plots, profile_plots
 from studio.components import html, profile
+from studio.components.clips import published
+from studio.components.command import command_box, shown
 from studio.components.titles import title_of
 from studio.context import Studio
-from studio.services.stored import StoredRun
+from studio.services.stored import StoredRun, command_line
 
 BARS_EMPTY = "One bar for each recipe of a profile, cut into linears, attention, quantization, norms and the rest."
 ROOFLINE_EMPTY = "Each kind of kernel call below what this machine can do at most."
@@ -19,6 +21,7 @@ HOW = (
     "Run python -m trdq_core profile --model pocket-image --recipes fp,rtn-w8a8,tr-dq-w8a8, or press Compare with the model "
     "random-dit; its profile is then shown here."
 )
+TRACE = "trace.json"  # of several recipes each gets its name in the file's
 Updates = dict[Any, Any]
 
 
@@ -33,6 +36,8 @@ class ProfilePage:
     parts: gr.HTML
     roofline: gr.Plot
     calls: gr.HTML
+    traces: gr.HTML
+    command: gr.Code
 
 
 def build() -> ProfilePage:
@@ -44,14 +49,18 @@ def build() -> ProfilePage:
     parts = gr.HTML(elem_id="profile-parts")
     roofline = gr.Plot(plots.empty(ROOFLINE_EMPTY, 440), show_label=False, elem_id="profile-roofline")
     calls = gr.HTML(elem_id="profile-calls")
-    return ProfilePage(empty, run, note, bars, parts, roofline, calls)
+    traces = gr.HTML(elem_id="profile-traces")
+    command = command_box(
+        label="The command that repeats this profile and writes its traces", elem_id="profile-command"
+    )
+    return ProfilePage(empty, run, note, bars, parts, roofline, calls, traces, command)
 
 
 def wire(studio: Studio, page: ProfilePage, tab: gr.Tab) -> None:
     """Connect the page: the list is read when the tab is opened, a profile when one is chosen."""
     handlers = _Handlers(studio, page)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    shown = [page.note, page.bars, page.parts, page.roofline, page.calls]
+    shown = [page.note, page.bars, page.parts, page.roofline, page.calls, page.traces, page.command]
     tab.select(handlers.enter, page.run, [page.empty, page.run, *shown], **quiet)
     page.run.input(handlers.show, page.run, shown, **quiet)
 
@@ -80,6 +89,7 @@ class _Handlers:
         rows = {title_of(name, facts): facts for name, facts in run.recipes.items()}
         splits = {title: facts["split"] for title, facts in rows.items() if facts.get("split")}
         calls = {title: facts["roofline"] for title, facts in rows.items() if facts.get("roofline")}
+        traces = {title_of(name, run.recipes[name]): path for name, path in run.traces.items()}
         peaks = run.report.get("peaks") or {}
         return {
             page.note: note_of(run, rows),
@@ -87,6 +97,8 @@ class _Handlers:
             page.parts: profile.parts_table(run.report, rows),
             page.roofline: profile_plots.roofline(calls, peaks) if calls else plots.empty(ROOFLINE_EMPTY, 440),
             page.calls: profile.calls_table(calls),
+            page.traces: profile.trace_links(traces, published(page.traces)),
+            page.command: shown(f"{command_line(run)} --trace {TRACE}" if run.spec else ""),
         }
 
 

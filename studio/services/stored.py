@@ -77,6 +77,13 @@ class StoredRun:
         found = (_object(line) for line in lines)
         return [event for event in found if event]
 
+    @property
+    def traces(self) -> dict[str, Path]:
+        """The Chrome traces of a profile by recipe, those that are there."""
+        named = {name: facts.get("trace_file") for name, facts in self.recipes.items()}
+        found = {name: inside(self.folder, str(file)) for name, file in named.items() if file}
+        return {name: path for name, path in found.items() if path is not None and path.is_file()}
+
     def picture(self, recipe: str, prompt: int) -> Image.Image | None:
         """One recipe's picture of one prompt; nothing if it was not finished."""
         images = self.recipes.get(recipe, {}).get("images") or []

@@ -68,7 +68,7 @@ def test_evaluations_stay_out_of_the_other_tables() -> None:
 
 def test_adding_an_evaluation_rewrites_the_long_page_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "docs").mkdir()
-    for page in ("README.md", "docs/results.md"):
+    for page in ("README.md", "docs/results.md", "docs/kernels.md"):
         (tmp_path / page).write_text(f"{tables.BEGIN}\n{tables.END}\n")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     monkeypatch.setattr(tables.add_rows, "__defaults__", (tmp_path / "results.csv",))

@@ -8,6 +8,7 @@ import pytest
 
 from benchmarks import kernels
 from benchmarks.kernel_cases import Case, attention_cases, linear_cases
+from benchmarks.kernel_tables import make_kernel_page
 from benchmarks.tables import make_tables, read_results
 from trdq_core.kernels import native
 from trdq_core.kernels.observing import Work
@@ -48,5 +49,5 @@ def test_the_command_times_every_call_and_keeps_rows(tmp_path: Path, capsys: pyt
     first = [row for row in rows if row["recipe"] == names[0] and row["metric"] == "call_speed"]
     assert [float(row["value"]) for row in first] == [1.0]
     assert "of bound" in capsys.readouterr().out
-    assert "| scale, Hadamard, int8 |" in make_tables(rows, brief=False)
-    assert make_tables(rows, brief=True) == "", "operators are no matter for README"
+    assert "| scale, Hadamard, int8 |" in make_kernel_page(rows)
+    assert make_tables(rows, brief=True) == make_tables(rows, brief=False) == "", "they have a page of their own"

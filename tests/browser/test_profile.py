@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -36,6 +38,13 @@ def test_a_stored_profile_is_drawn(
         )
         assert page.locator("#profile-parts tbody tr").count() == 3
         assert page.locator("#profile-calls tbody tr").count() == 2
+        links = page.locator("#profile-traces a")
+        assert links.all_inner_texts()[0] == "FP32"
+        with page.expect_download() as fetched:
+            links.nth(1).click()
+        assert fetched.value.suggested_filename == "tr-dq-w8a8.json.gz"
+        assert json.loads(gzip.decompress(Path(fetched.value.path()).read_bytes())) == json.loads(fake_profile.TRACE)
+        assert "--trace trace.json" in page.locator("#profile-command").inner_text()
         assert no_sideways_scrolling(page)
         picture(page, screenshots, "profile")
         seen.check()

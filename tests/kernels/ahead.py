@@ -22,7 +22,15 @@ from trdq_core.kernels import triton_kernels as rows
 from trdq_core.kernels import triton_products as products
 
 INSTRUCTION = re.compile(r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)[\w.:]*?\.(?:s8|e4m3|tf32|kind::\w+)\b")
-DIVISIBLE = {"width", "outputs", "x_stride", "modulation_stride", "size"}  # by 16, as in every real model
+DIVISIBLE = {
+    "width",
+    "outputs",
+    "x_stride",
+    "y_stride",
+    "modulation_stride",
+    "gate_stride",
+    "size",
+}  # by 16, as in every real model
 
 ROW_TYPES = {
     "x": "*bf16", "x_stride": "i32", "size": "i32", "modulation_stride": "i32", "tokens_each": "i32", "epsilon": "fp32",
@@ -33,6 +41,8 @@ PRODUCT_TYPES = {
     "x": "*i8", "x_scale": "*fp32", "x_zero": "*fp32", "x_sum": "*i32", "w": "*i8", "w_scale": "*fp32",
     "w_sum": "*fp32", "bias": "*fp32", "y": "*bf16", "tokens": "i32", "outputs": "i32", "width": "i32",
 }  # fmt: skip
+INTO_TYPES = {"y_stride": "i32", "gate_stride": "i32", "tokens_each": "i32"}
+RESIDUAL_TYPES = {"added": "*bf16", "gate": "*bf16"}
 INT4_TYPES = {"w": "*u8", "group_scale": "*i8", "w_zero": "*fp32", "groups": "i32", "group_size": "i32"}
 FP8_TYPES = {name: PRODUCT_TYPES[name] for name in ("x_scale", "w_scale", "bias", "y", "tokens", "outputs", "width")}
 
@@ -48,20 +58,24 @@ class Case(NamedTuple):
 
 
 def product_cases(capability: int, every: bool) -> Iterator[Case]:
-    """The matrix products: int8, int4 with group scales, and fp8 where the chip has it."""
+    """The matrix products: int8 and int4 with group scales, alone and with gate and residual; fp8 where the chip has it."""
     chip = divmod(capability, 10)
     for name in ("int8", "int4", *(("fp8",) if capability >= 89 else ())):
         found = configs.product_configs(name, 4096, chip)
         for config in found if every else found[:1]:
             tile = {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "GROUP_M": config.group_m}
             constants = tile | {"BLOCK_K": config.block_k, "EVEN": True, "HAS_BIAS": True, "HAS_W_ZERO": name == "int4"}
-            types = PRODUCT_TYPES | (INT4_TYPES if name == "int4" else {})
+            types = PRODUCT_TYPES | INTO_TYPES | (INT4_TYPES if name == "int4" else {})
             if name == "int4":
                 constants |= {"GROUPS": True, "WIDE": True}
             if name == "fp8":
                 types = FP8_TYPES | {"x": "*fp8e4nv", "w": "*fp8e4nv"}
             options = {"num_warps": config.warps, "num_stages": config.stages}
-            yield Case(f"{name} {tuple(config)}", getattr(products, f"{name}_kernel"), types, constants, options)
+            kernel = getattr(products, f"{name}_kernel")
+            yield Case(f"{name} {tuple(config)}", kernel, types, constants, options)
+            if name != "fp8":
+                constants = constants | {"HAS_ADDED": True, "HAS_GATE": True}
+                yield Case(f"{name} residual {tuple(config)}", kernel, types | RESIDUAL_TYPES, constants, options)
 
 
 def row_cases(capability: int, every: bool) -> Iterator[Case]:

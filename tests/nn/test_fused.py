@@ -13,8 +13,8 @@ from tests.tiny import tiny_pipeline, tiny_video_pipeline
 from trdq_core import branches
 from trdq_core.adapters.roles import find_linears
 from trdq_core.kernels import native
-from trdq_core.nn.fused import FusedAttention, FusedFeedForward, unfused
-from trdq_core.nn.fused_block import FusedBlock, few_rows, fuse
+from trdq_core.nn.fused import FusedAttention, unfused
+from trdq_core.nn.fused_block import few_rows, fuse
 from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -170,17 +170,22 @@ def test_shared_attention_stands_on_fused_attention() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [lambda x: x.double(), lambda x: x.clone().requires_grad_()], ids=["float64", "grad"]
+    "change",
+    [lambda x: x.double(), lambda x: x.bfloat16(), lambda x: x.clone().requires_grad_()],
+    ids=["float64", "bfloat16", "grad"],
 )
 def test_other_calls_go_to_what_was_there(change: Callable[[Tensor], Tensor]) -> None:
-    """Gradients and other dtypes are torch's affair."""
+    """Gradients and types that the kernels do not read are torch's affair."""
     seen: list[str] = []
-    block = nn.Module()
-    block.forward = lambda *args, **kwargs: seen.append("plain")
-    feed_forward = FusedFeedForward(block)
-    feed_forward(change(torch.zeros(1, 2, 4)))
-    FusedBlock(block)(change(torch.zeros(1, 2, 4)))
-    FusedAttention(lambda *args, **kwargs: seen.append("plain"))(block, change(torch.zeros(1, 2, 4)))
+    fused = quantized(dit()[0])
+    fuse(fused)
+    block = fused.transformer_blocks[0]
+    for stand_in in (block.forward, block.ff.forward, block.attn1.processor):
+        stand_in.plain = lambda *args, **kwargs: seen.append("plain")
+    x = change(torch.zeros(1, 2, 48))
+    block.forward(x)
+    block.ff.forward(x)
+    block.attn1.processor(block.attn1, x)
     assert seen == ["plain"] * 3
 
 

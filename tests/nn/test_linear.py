@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from trdq_core.kernels import dispatch
+from trdq_core.kernels import dispatch, packing
 from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -141,3 +141,26 @@ def test_the_layer_names_its_kernel() -> None:
     assert "_int_mm" in make(backend="torch")[0].kernel or "float32" in make(backend="torch")[0].kernel
     assert "reference" in make(backend="reference")[0].kernel
     assert "W4" in repr(make()[0])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight_bits", [8, 4])
+def test_a_layer_that_changes_its_kernels_lays_its_weight_out_for_them(
+    weight_bits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Panels for a CPU, rows for a GPU, there and back; what is saved is panels from either."""
+    layer, *_ = make(weight_bits=weight_bits, sets=2)
+    panels, quantizer = layer.qweight.clone(), layer.input_quantizer
+    before = layer.packed_weight()
+    monkeypatch.setattr(InputQuantizer, "fit_backend", lambda self, device: None)
+    quantizer.backend = "triton"  # as on a GPU after a move
+    layer.fit_backend()
+    rows = layer.packed_weight()
+    assert rows is not before
+    assert rows.data.shape[0] == layer.out_features
+    assert torch.equal(packing.unpack_weight(rows), packing.unpack_weight(before))
+    assert torch.equal(layer.laid_out(layer.qweight, panels=True), panels)
+    assert layer.laid_out(layer.qweight) is layer.qweight
+    quantizer.backend = "cpp"
+    layer.fit_backend()
+    assert torch.equal(layer.qweight, panels)

@@ -17,7 +17,7 @@ from trdq_core.kernels import cpu, native
 from trdq_core.kernels.observing import Call, observed, peak_operations, timed_phases
 from trdq_core.kernels.types import NO_STAGES, Epilogue, Prologue
 from trdq_core.step_profile import CATEGORIES, Peaks, measured_peaks, roofline, split, split_step, trace_step
-from trdq_core.step_profile.command import memory_of, shares_of, trace_file
+from trdq_core.step_profile.command import copy_trace, memory_of, shares_of, trace_file
 from trdq_core.step_profile.split import category_of
 
 needs_library = pytest.mark.skipif(native.unavailable_reason() is not None, reason="no C++ kernels here")
@@ -185,6 +185,19 @@ def test_a_trace_can_be_read_and_names_our_kernels(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(StorageError, match="could not be written"):
         trace_step(lambda: torch.ones(1), tmp_path / "file" / "step.json")
+
+
+def test_a_stored_trace_is_copied_plain_or_packed(tmp_path: Path) -> None:
+    """What a run keeps is packed; what somebody asks for is as its name says, in a folder that may not be there yet."""
+    stored = tmp_path / "step.json.gz"
+    trace_step(lambda: torch.ones(3) + 1, stored)
+    copy_trace(stored, tmp_path / "new" / "step.json")
+    assert json.loads((tmp_path / "new" / "step.json").read_text())["traceEvents"]
+    copy_trace(stored, tmp_path / "step2.json.gz")
+    assert (tmp_path / "step2.json.gz").read_bytes() == stored.read_bytes()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="could not be written"):
+        copy_trace(stored, tmp_path / "file" / "step.json")
 
 
 def test_trace_files_carry_the_recipe_where_there_are_several() -> None:

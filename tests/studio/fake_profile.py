@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from pathlib import Path
 from typing import Any
 
 from studio.profile_plots import PARTS
+from trdq_core.specs import RunSpec
 
 PEAKS = {"copy_bytes_per_s": 1.7e10, "float_operations_per_s": 3.5e11, "integer_operations_per_s": 9.5e11, "threads": 2}
+
+TRACE = b'{"traceEvents": [{"name": "trdq: linear", "ph": "X", "ts": 1, "dur": 2}]}'
+TRACED = ("fp", "tr-dq-w8a8")
 
 
 def call(op: str, share: float = 0.5) -> dict[str, Any]:
@@ -50,5 +55,11 @@ def store(folder: Path, name: str = "20261121-100000-profile-ab12") -> str:
     run = folder / "runs" / name
     run.mkdir(parents=True)
     (run / "state.json").write_text(json.dumps({"state": "done"}))
-    (run / "report.json").write_text(json.dumps(report()))
+    (run / "spec.json").write_text(RunSpec(command="profile", model="pocket-image").to_json())
+    written = report()
+    (run / "traces").mkdir()
+    for recipe in TRACED:
+        written["recipes"][recipe]["trace_file"] = f"traces/{recipe}.json.gz"
+        (run / "traces" / f"{recipe}.json.gz").write_bytes(gzip.compress(TRACE))
+    (run / "report.json").write_text(json.dumps(written))
     return name

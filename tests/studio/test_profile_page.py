@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import gradio as gr
 import pytest
 
@@ -67,6 +69,23 @@ def test_the_newest_profile_is_shown_and_the_chosen_one_kept(studio: Studio, cor
     assert "attention float32" in shown[page.calls]
     with pytest.raises(gr.Error, match="not there any more"):
         handlers.show("gone")
+
+
+def test_traces_can_be_fetched_and_made_again(studio: Studio, core: FakeCore, page: ProfilePage) -> None:
+    """A link for each recipe that has one, none that leads out of the run's folder; the command has the flag."""
+    run = fake_profile.store(core.runs.folder)
+    shown = _Handlers(studio, page).show(run)
+    assert shown[page.traces].count("<a href=") == 2
+    assert 'download="tr-dq-w8a8.json.gz"' in shown[page.traces]
+    assert "profile --spec" in shown[page.command].value
+    assert shown[page.command].value.endswith("--trace trace.json")
+    folder = core.runs.folder / "runs" / run
+    report = fake_profile.report()
+    report["recipes"]["fp"]["trace_file"] = "../outside.json.gz"
+    (folder.parent / "outside.json.gz").write_bytes(b"")
+    report["recipes"]["tr-dq-w8a8"]["trace_file"] = "traces/gone.json.gz"
+    (folder / "report.json").write_text(json.dumps(report))
+    assert _Handlers(studio, page).show(run)[page.traces] == ""
 
 
 def test_profiles_of_older_versions_are_told(studio: Studio, core: FakeCore, page: ProfilePage) -> None:

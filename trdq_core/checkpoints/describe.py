@@ -43,10 +43,21 @@ def stored_tensors(conversion: Conversion, tensors: Mapping[str, Tensor]) -> dic
         for group in range(conversion.time.groups.count):
             # Copied, so that saving over the very file they are mapped from cannot pull it away.
             found |= {set_name(group, name): switched.tensor(group, name).clone() for name in switched.names()}
+    for name, tensor in found.items():
+        if name.endswith(".qweight") and not tensor.is_meta:
+            found[name] = _in_panels(conversion.denoiser, name, tensor)
     meta = next((name for name, tensor in found.items() if tensor.is_meta), None)
     if meta is not None:
         raise CheckpointError(f"{meta}: it is offloaded, so it cannot be saved; remove the offloading hooks first.")
     return found
+
+
+def _in_panels(denoiser: nn.Module, name: str, tensor: Tensor) -> Tensor:
+    """A stored weight as every file has it, whatever the device that it was on: in panels."""
+    if name.startswith(SET_PREFIX):
+        name = name.removeprefix(SET_PREFIX).partition(".")[2]
+    linear = denoiser.get_submodule(name.rpartition(".")[0])
+    return linear.laid_out(tensor, panels=True) if isinstance(linear, QuantizedLinear) else tensor
 
 
 def describe(conversion: Conversion, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Manifest:

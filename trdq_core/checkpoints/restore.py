@@ -63,7 +63,7 @@ def install(denoiser: nn.Module, checkpoint: Checkpoint, config: Mapping[str, An
             f"{where}: its description cannot be used ({str(error)[:160]}); copy it again."
         ) from error
     if swapped:
-        conversion.switched = SwitchedSets(checkpoint.files, swapped, set_name)
+        conversion.switched = SwitchedSets(checkpoint.files, swapped, set_name, denoiser=denoiser)
         time.on_change(conversion.switched.activate)
     return conversion
 

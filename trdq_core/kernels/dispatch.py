@@ -160,17 +160,15 @@ def linears_from_float(
 ) -> Tensor:
     """(..., sum of out_features): the products of one input, quantized once, with weights and their biases, side by side.
 
-    A prologue comes before T, an epilogue after the products; the C++ kernels do all of it in the same passes.
+    A prologue comes before T, an epilogue after the products; the C++ and the Triton kernels do all of it in the same
+    passes.
     """
     module = _module(x, backend)
-    if module is cpu:
-        y = cpu.linears_from_float(x, stages, weights, bits, symmetric, static, clip, prologue, epilogue)
+    if module is cpu or module is triton_gpu:
+        y = module.linears_from_float(x, stages, weights, bits, symmetric, static, clip, prologue, epilogue)
     else:
         if prologue is not None:
             x = apply_prologue(x.flatten(0, -2), prologue).view_as(x)
-        if module is triton_gpu and len(weights) == 1 and epilogue is None:
-            y = triton_gpu.linear_from_float(x, stages, *weights[0], bits, symmetric, static, clip)
-            return y.view(*x.shape[:-1], y.shape[-1]).to(x.dtype)
         levels = module.quantize_activation(x, stages, bits, symmetric, static, clip)
         parts = [module.linear(levels, weight, bias) for weight, bias in weights]
         y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)

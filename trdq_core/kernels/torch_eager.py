@@ -59,7 +59,13 @@ def has_integer_product(device: torch.device, in_features: int = 0, out_features
     """True where `torch._int_mm` is a fast kernel for these sizes; on CUDA it wants tokens > 16 and multiples of 8."""
     if device.type == "cuda":
         return _gpu_has_int8() and tokens > 16 and in_features % 8 == 0 and out_features % 8 == 0
-    return device.type == "cpu" and torch.cpu._is_vnni_supported()
+    return device.type == "cpu" and _cpu_has_int8()
+
+
+# Constants under torch.compile, which otherwise ends its graph at either question.
+@torch.compiler.assume_constant_result
+def _cpu_has_int8() -> bool:
+    return torch.cpu._is_vnni_supported()
 
 
 @torch.compiler.assume_constant_result

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,15 +18,20 @@ from trdq_core.errors import BackendUnavailable, ShapeError
 from trdq_core.kernels import triton_operators as operators
 from trdq_core.kernels.capabilities import FIRST_FP8, FIRST_TRITON, capability_of
 from trdq_core.kernels.packing import in_rows, pack_weight, to_rows, unpack_weight
+from trdq_core.kernels.surroundings import apply_epilogue
 from trdq_core.kernels.types import (
     NO_STAGES,
+    Epilogue,
     InputStages,
     PackedWeight,
+    Prologue,
     QuantizedActivation,
     StaticGrid,
     check_bits,
+    check_epilogue,
     check_input,
     check_product,
+    check_prologue,
 )
 
 __all__ = [
@@ -35,6 +41,7 @@ __all__ = [
     "layer_norm_quantize",
     "linear",
     "linear_from_float",
+    "linears_from_float",
     "pack_weight",
     "quantize_activation",
     "quantize_fp8",
@@ -47,7 +54,9 @@ __all__ = [
 MAX_IN_FEATURES = 33000  # 255 * 255 * in_features must fit an int32
 FP8 = torch.float8_e4m3fn
 FP8_LARGEST = 448.0
-_NO_PROLOGUE = ("plain", None, None, 0.0)
+_First = tuple[str, Tensor | None, Tensor | None, float]  # the prologue as the operators take it
+_NO_PROLOGUE: _First = ("plain", None, None, 0.0)
+_GELU: _First = ("gelu", None, None, 0.0)
 
 
 def interpreted() -> bool:
@@ -99,7 +108,7 @@ def gelu_quantize(
     clip: float = 1.0,
 ) -> QuantizedActivation:
     """Signed levels of T(gelu(x)) in one pass, gelu in its tanh form: what the second linear of an MLP reads."""
-    return _quantize(x, stages, bits, symmetric, static, clip, ("gelu", None, None, 0.0))
+    return _quantize(x, stages, bits, symmetric, static, clip, _GELU)
 
 
 def layer_norm_quantize(
@@ -124,10 +133,8 @@ def layer_norm_quantize(
             f"x is {tuple(x.shape)}, shift {tuple(shift.shape)} and factor {tuple(factor.shape)}; "
             "give (batch, tokens, channels) and twice (batch, channels)."
         )
-    parts = [part.reshape(x.shape[0], x.shape[2]) for part in (shift, factor)]
-    if parts[0].stride() != parts[1].stride() or parts[0].stride(1) != 1:
-        parts = [part.contiguous() for part in parts]
-    return _quantize(x, stages, bits, symmetric, static, clip, ("layer_norm", *parts, epsilon))
+    parts = (part.reshape(x.shape[0], x.shape[2]) for part in (shift, factor))
+    return _quantize(x, stages, bits, symmetric, static, clip, _modulated_norm(*parts, epsilon))
 
 
 def linear(
@@ -137,15 +144,7 @@ def linear(
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
     """(tokens, out_features) in `dtype` from signed levels and a weight in rows; see `reference.linear`."""
-    check_product(activation.values, weight, bias)
-    _check_device(activation.values)
-    _check_device(weight.data)
-    if not in_rows(weight):
-        raise ShapeError("the weight lies in panels, which the CPU's kernels read; pass it through to_rows first.")
-    if activation.values.dtype is not torch.int8:
-        raise ShapeError(f"the levels are {activation.values.dtype}; the Triton kernels take signed ones, int8.")
-    if weight.in_features > MAX_IN_FEATURES:
-        raise ShapeError(f"in_features={weight.in_features} overflows the sums; at most {MAX_IN_FEATURES} can run.")
+    _check_operands(activation.values, weight, bias)
     run = operators.linear if torch.compiler.is_compiling() else operators.compute_linear
     return run(*activation, *weight, bias, dtype)
 
@@ -162,6 +161,43 @@ def linear_from_float(
 ) -> Tensor:
     """(tokens, out_features) in x's dtype from x (..., in_features): `quantize_activation`, then `linear`."""
     return linear(quantize_activation(x, stages, bits, symmetric, static, clip), weight, bias, x.dtype)
+
+
+def linears_from_float(
+    x: Tensor,
+    stages: InputStages,
+    weights: Sequence[tuple[PackedWeight, Tensor | None]],
+    bits: int,
+    symmetric: bool,
+    static: StaticGrid | None = None,
+    clip: float = 1.0,
+    prologue: Prologue | None = None,
+    epilogue: Epilogue | None = None,
+) -> Tensor:
+    """(tokens, sum of out_features) in x's dtype: x (..., in_features) quantized once, its products side by side.
+
+    A prologue runs in the pass that quantizes, an epilogue where the products are written. Shift, scale, gate and what is
+    added may be of half types; all is computed in float32 and rounded once. A graph of torch.compile has the epilogue and
+    the joining as operators of its own.
+    """
+    check_input(x, stages)
+    rows = x.reshape(-1, x.shape[-1])
+    check_prologue(rows, prologue)
+    first = _NO_PROLOGUE
+    if prologue is not None and prologue.kind == "gelu":
+        first = _GELU
+    elif prologue is not None:
+        first = _modulated_norm(prologue.shift, prologue.scale, prologue.epsilon)
+    levels = _quantize(rows, stages, bits, symmetric, static, clip, first)
+    for weight, bias in weights:
+        _check_operands(levels.values, weight, bias)
+    check_epilogue(len(rows), sum(weight.out_features for weight, _ in weights), epilogue)
+    if not torch.compiler.is_compiling():
+        return operators.compute_linears(levels, weights, x.dtype, epilogue)
+    kept = x.dtype if epilogue is None else torch.float32
+    parts = [operators.linear(*levels, *weight, bias, kept) for weight, bias in weights]
+    y = parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    return (y if epilogue is None else apply_epilogue(y, epilogue)).to(x.dtype)
 
 
 def quantize_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -206,13 +242,24 @@ def _quantize(
     symmetric: bool,
     static: StaticGrid | None,
     clip: float,
-    prologue: tuple[str, Tensor | None, Tensor | None, float],
+    prologue: _First,
 ) -> QuantizedActivation:
     check_bits(bits)
     rows = _rows(x, stages)
     grid = (None, None) if static is None else static
     run = operators.quantize if torch.compiler.is_compiling() else operators.compute_quantize
     return QuantizedActivation(*run(rows, *stages, bits, symmetric, *grid, clip, *prologue))
+
+
+def _modulated_norm(shift: Tensor, factor: Tensor, epsilon: float) -> _First:
+    """Layer norm with shift and factor (items, channels), which the kernels want in rows alike."""
+    if shift.shape != factor.shape:
+        raise ShapeError(
+            f"the norm's shift is {tuple(shift.shape)} and its scale {tuple(factor.shape)}; give one shape."
+        )
+    if shift.stride() != factor.stride() or shift.stride(1) != 1:
+        shift, factor = shift.contiguous(), factor.contiguous()
+    return "layer_norm", shift, factor, epsilon
 
 
 def _rows(x: Tensor, stages: InputStages) -> Tensor:
@@ -222,6 +269,18 @@ def _rows(x: Tensor, stages: InputStages) -> Tensor:
     rows = x.reshape(-1, x.shape[-1])
     rows = rows.float() if rows.dtype is torch.float64 else rows
     return rows if rows.stride(1) == 1 else rows.contiguous()
+
+
+def _check_operands(values: Tensor, weight: PackedWeight, bias: Tensor | None) -> None:
+    check_product(values, weight, bias)
+    _check_device(values)
+    _check_device(weight.data)
+    if not in_rows(weight):
+        raise ShapeError("the weight lies in panels, which the CPU's kernels read; pass it through to_rows first.")
+    if values.dtype is not torch.int8:
+        raise ShapeError(f"the levels are {values.dtype}; the Triton kernels take signed ones, int8.")
+    if weight.in_features > MAX_IN_FEATURES:
+        raise ShapeError(f"in_features={weight.in_features} overflows the sums; at most {MAX_IN_FEATURES} can run.")
 
 
 def _check_device(tensor: Tensor) -> None:

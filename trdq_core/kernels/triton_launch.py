@@ -127,24 +127,44 @@ def quantize_rows(
     return result
 
 
-def product(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The scaled product, (tokens, out_features) in `dtype`, of signed levels and a weight in rows."""
+class Around(NamedTuple):
+    """What a product is written into, and what is done to it on the way: y = added + gate * product.
+
+    `y` (tokens, out_features) may be columns of a wider tensor, as `added` then is with the same strides; gate is (items,
+    out_features), whose rows may be anywhere, and every item is tokens / items rows.
+    """
+
+    y: Tensor
+    added: Tensor | None = None
+    gate: Tensor | None = None
+
+
+def product(activation: QuantizedActivation, weight: PackedWeight, bias: Tensor | None, around: Around) -> None:
+    """The scaled product of signed levels and a weight in rows, written into `around.y` in its type."""
     values, x_scale, x_zero, x_sum = activation
+    y, added, gate = around
     tokens, width = values.shape
-    y = torch.empty((tokens, weight.out_features), dtype=dtype, device=values.device)
     w_zero = None if weight.zero_point is None else weight.zero_point.float()
     levels = (values.contiguous(), x_scale, x_zero, x_sum, weight.data)
-    rest = (weight.scale.float(), w_zero, weight.column_sum.float(), bias, y, tokens, weight.out_features, width)
-    common = {"HAS_W_ZERO": w_zero is not None, "HAS_BIAS": bias is not None}
+    items, gate_stride = (1, 0) if gate is None else (gate.shape[0], gate.stride(0))
+    rest = (
+        weight.scale.float(), w_zero, weight.column_sum.float(), bias, added, gate, gate_stride,
+        max(tokens // items, 1), y, y.stride(0), tokens, weight.out_features, width,
+    )  # fmt: skip
+    common = {
+        "HAS_W_ZERO": w_zero is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_ADDED": added is not None,
+        "HAS_GATE": gate is not None,
+    }
     if weight.bits == 8:
         _launch_product("int8", (*levels, *rest), common, y, width)
-        return y
+        return
     groups = None if weight.group_scale is None else weight.group_scale.to(torch.int8)
     count = 1 if groups is None else groups.shape[1]
     group_size = weight.group_size or width
     common |= {"GROUPS": groups is not None, "WIDE": group_size % (CHUNK // 2) == 0 or count == 1}
     _launch_product("int4", (*levels, groups, *rest, count, group_size), common, y, width)
-    return y
 
 
 def fp8_product(

@@ -6,10 +6,12 @@ made of a function compute_*, which eager calls take directly: torch's dispatche
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivation, StaticGrid
+from trdq_core.kernels.types import Epilogue, InputStages, PackedWeight, QuantizedActivation, StaticGrid
 
 DEVICES = ("cuda", "cpu")  # the CPU for Triton's interpreter
 
@@ -122,7 +124,35 @@ def compute_linear(
 
     sizes = (bits, group_size, in_features, out_features)
     weight = PackedWeight(data, weight_scale, weight_zero_point, column_sum, group_scale, *sizes)
-    return triton_launch.product(QuantizedActivation(values, scale, zero_point, row_sum), weight, bias, dtype)
+    y = torch.empty((values.shape[0], out_features), dtype=dtype, device=values.device)
+    levels = QuantizedActivation(values, scale, zero_point, row_sum)
+    triton_launch.product(levels, weight, bias, triton_launch.Around(y))
+    return y
+
+
+def compute_linears(
+    levels: QuantizedActivation,
+    weights: Sequence[tuple[PackedWeight, Tensor | None]],
+    dtype: torch.dtype,
+    epilogue: Epilogue | None,
+) -> Tensor:
+    """(tokens, sum of out_features) in `dtype`: products side by side, each written where it belongs. No operator."""
+    from trdq_core.kernels import triton_launch
+
+    widths = [weight.out_features for weight, _ in weights]
+    y = torch.empty((levels.values.shape[0], sum(widths)), dtype=dtype, device=levels.values.device)
+    added, gate = (None, None) if epilogue is None else epilogue
+    if added is not None and added.stride() != y.stride():
+        added = added.contiguous()
+    if gate is not None and gate.stride(1) != 1:
+        gate = gate.contiguous()
+    begin = 0
+    for (weight, bias), width in zip(weights, widths, strict=True):
+        columns = slice(begin, begin + width)
+        parts = (None if part is None else part[:, columns] for part in (added, gate))
+        triton_launch.product(levels, weight, bias, triton_launch.Around(y[:, columns], *parts))
+        begin += width
+    return y
 
 
 linear = torch.library.custom_op("trdq::triton_linear", compute_linear, mutates_args=(), device_types=DEVICES)

@@ -28,10 +28,11 @@ def _tile(tokens, outputs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M
 
 @triton.jit
 def _finish(
-    total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, y,
-    HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr,
+    total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, added, gate,
+    gate_stride, tokens_each, y, y_stride, HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    HAS_GATE: tl.constexpr,
 ):  # fmt: skip
-    """Zero points in exact int32, then scales and bias in float32. Sums fit up to 33,000 channels."""
+    """Zero points in exact int32, then scales, bias, gate and residual in float32. Sums fit up to 33,000 channels."""
     row_ok, column_ok = row < tokens, column < outputs
     zero = tl.load(x_zero + row, mask=row_ok, other=0.0).to(tl.int32)
     total -= zero[:, None] * tl.load(w_sum + column, mask=column_ok, other=0.0).to(tl.int32)[None, :]
@@ -40,25 +41,28 @@ def _finish(
         total -= centred[:, None] * tl.load(w_zero + column, mask=column_ok, other=0.0).to(tl.int32)[None, :]
     result = total.to(tl.float32) * tl.load(x_scale + row, mask=row_ok, other=0.0)[:, None]
     result *= tl.load(w_scale + column, mask=column_ok, other=0.0)[None, :]
-    _store(result, row, column, row_ok, column_ok, outputs, bias, y, HAS_BIAS)
-
-
-@triton.jit
-def _store(result, row, column, row_ok, column_ok, outputs, bias, y, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         result += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
-    at = row.to(tl.int64)[:, None] * outputs + column[None, :]
-    tl.store(y + at, result.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])
+    at = row.to(tl.int64)[:, None] * y_stride + column[None, :]
+    ok = row_ok[:, None] & column_ok[None, :]
+    if HAS_GATE:
+        item = (row // tokens_each).to(tl.int64) * gate_stride
+        result *= tl.load(gate + item[:, None] + column[None, :], mask=ok, other=0.0).to(tl.float32)
+    if HAS_ADDED:  # lies as y does
+        result += tl.load(added + at, mask=ok, other=0.0).to(tl.float32)
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=ok)
 
 
 @triton.jit
 def int8_kernel(
     x: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, x_sum: tl.tensor, w: tl.tensor, w_scale: tl.tensor,
-    w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, y: tl.tensor, tokens: tl.tensor, outputs: tl.tensor,
-    width: tl.tensor, HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
+    w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, added: tl.tensor, gate: tl.tensor, gate_stride: tl.tensor,
+    tokens_each: tl.tensor, y: tl.tensor, y_stride: tl.tensor, tokens: tl.tensor, outputs: tl.tensor,
+    width: tl.tensor, HAS_W_ZERO: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr,
+    HAS_GATE: tl.constexpr, EVEN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
 ) -> None:  # fmt: skip
-    """int8 levels by int8 weights; EVEN says that BLOCK_K divides the width."""
+    """int8 levels by int8 weights; EVEN says that BLOCK_K divides the width. What is added has the strides of y."""
     row, column = _tile(tokens, outputs, BLOCK_M, BLOCK_N, GROUP_M)
     channel = tl.arange(0, BLOCK_K)
     x_at = x + row.to(tl.int64)[:, None] * width + channel[None, :]
@@ -74,8 +78,8 @@ def int8_kernel(
             b = tl.load(w_at + start, mask=column_ok & (start + channel < width)[:, None], other=0)
         total = tl.dot(a, b, total, out_dtype=tl.int32)
     _finish(
-        total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, y,
-        HAS_W_ZERO, HAS_BIAS,
+        total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, added, gate,
+        gate_stride, tokens_each, y, y_stride, HAS_W_ZERO, HAS_BIAS, HAS_ADDED, HAS_GATE,
     )  # fmt: skip
 
 
@@ -100,10 +104,11 @@ def _scaled_half(
 @triton.jit
 def int4_kernel(
     x: tl.tensor, x_scale: tl.tensor, x_zero: tl.tensor, x_sum: tl.tensor, w: tl.tensor, group_scale: tl.tensor,
-    w_scale: tl.tensor, w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, y: tl.tensor, tokens: tl.tensor,
+    w_scale: tl.tensor, w_zero: tl.tensor, w_sum: tl.tensor, bias: tl.tensor, added: tl.tensor, gate: tl.tensor,
+    gate_stride: tl.tensor, tokens_each: tl.tensor, y: tl.tensor, y_stride: tl.tensor, tokens: tl.tensor,
     outputs: tl.tensor, width: tl.tensor, groups: tl.tensor, group_size: tl.tensor, HAS_W_ZERO: tl.constexpr,
-    HAS_BIAS: tl.constexpr, EVEN: tl.constexpr, GROUPS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ADDED: tl.constexpr, HAS_GATE: tl.constexpr, EVEN: tl.constexpr,
+    GROUPS: tl.constexpr, WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr,
 ) -> None:  # fmt: skip
     """int8 levels by packed nibbles, unpacked in registers; one chunk of 128 channels a step, its halves in two products.
 
@@ -133,8 +138,8 @@ def int4_kernel(
         total = tl.dot(first, low, total, out_dtype=tl.int32)
         total = tl.dot(second, high, total, out_dtype=tl.int32)
     _finish(
-        total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, y,
-        HAS_W_ZERO, HAS_BIAS,
+        total, row, column, tokens, outputs, width, x_scale, x_zero, x_sum, w_scale, w_zero, w_sum, bias, added, gate,
+        gate_stride, tokens_each, y, y_stride, HAS_W_ZERO, HAS_BIAS, HAS_ADDED, HAS_GATE,
     )  # fmt: skip
 
 
@@ -163,4 +168,7 @@ def fp8_kernel(
         total = tl.dot(a, b, total, max_num_imprecise_acc=BLOCK_K)
     result = total * tl.load(x_scale + row, mask=row_ok, other=0.0)[:, None]
     result *= tl.load(w_scale + column, mask=column_ok, other=0.0)[None, :]
-    _store(result, row, column, row_ok, column_ok, outputs, bias, y, HAS_BIAS)
+    if HAS_BIAS:
+        result += tl.load(bias + column, mask=column_ok, other=0.0).to(tl.float32)[None, :]
+    at = row.to(tl.int64)[:, None] * outputs + column[None, :]
+    tl.store(y + at, result.to(y.dtype.element_ty), mask=row_ok[:, None] & column_ok[None, :])

@@ -9,10 +9,12 @@ import torch
 
 from trdq_core.kernels import reference, triton_gpu
 from trdq_core.kernels.packing import pack_weight, to_rows
-from trdq_core.kernels.types import InputStages, PackedWeight, QuantizedActivation
+from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
+from trdq_core.kernels.types import Epilogue, InputStages, PackedWeight, Prologue, QuantizedActivation
 
 TOKENS, IN_FEATURES, OUT_FEATURES = 7, 256, 70
 TOLERANCE = 1e-4
+FUSED_TOLERANCE = 2e-3  # a level at a rounding tie may differ
 
 _reasons: dict[torch.device, str | None] = {}
 
@@ -37,7 +39,7 @@ def failure(device: torch.device) -> str | None:
         hadamard_block=128,
         second_rotation=torch.linalg.qr(torch.randn(64, 64, generator=generator)).Q.contiguous(),
     )
-    on_device = InputStages(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in stages))
+    on_device = InputStages(*(_on(device, part) for part in stages))
     try:
         ours = triton_gpu.quantize_activation(x.to(device), on_device, 8, False)
         if not _same_levels(ours, reference.quantize_activation(x, stages, 8, False)):
@@ -46,6 +48,9 @@ def failure(device: torch.device) -> str | None:
             y = triton_gpu.linear(ours, _moved(weight, device))
             if not _close(y.cpu(), reference.linear(QuantizedActivation(*(part.cpu() for part in ours)), weight)):
                 return _sentence(f"{weight.bits}-bit product")
+        for prologue in _prologues(generator):
+            if not _fused_alike(prologue, x, stages, on_device, _weights(generator), generator):
+                return _sentence(f"{prologue.kind} with gate and residual")
     except Exception as error:  # whatever Triton raises, torch's own calls can stand in
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         return f"The Triton kernels do not start on this machine ({type(error).__name__}: {first[:200]})."
@@ -55,6 +60,34 @@ def failure(device: torch.device) -> str | None:
 def _same_levels(ours: QuantizedActivation, theirs: QuantizedActivation) -> bool:
     own = ours.values.cpu().float() - ours.zero_point.cpu()[:, None]
     return bool((own - (theirs.values.float() - theirs.zero_point[:, None])).abs().max() <= 1)
+
+
+def _prologues(generator: torch.Generator) -> list[Prologue]:
+    return [Prologue("gelu"), Prologue("norm", *torch.randn(2, 1, IN_FEATURES, generator=generator), 1e-6)]
+
+
+def _fused_alike(
+    prologue: Prologue,
+    x: torch.Tensor,
+    stages: InputStages,
+    on_device: InputStages,
+    weights: list[PackedWeight],
+    generator: torch.Generator,
+) -> bool:
+    """Whether products side by side, with what is fused around them, are those of the reference."""
+    device = on_device.permutation.device
+    outputs = OUT_FEATURES * len(weights)
+    around = Epilogue(torch.randn(TOKENS, outputs, generator=generator), torch.rand(1, outputs, generator=generator))
+    levels = reference.quantize_activation(apply_prologue(x.double(), prologue), stages, 8, False)
+    theirs = apply_epilogue(torch.cat([reference.linear(levels, weight) for weight in weights], 1), around)
+    first, last = (type(part)(*(_on(device, one) for one in part)) for part in (prologue, around))
+    pairs = [(_moved(weight, device), None) for weight in weights]
+    ours = triton_gpu.linears_from_float(x.to(device), on_device, pairs, 8, False, prologue=first, epilogue=last).cpu()
+    return float((ours - theirs).norm()) < FUSED_TOLERANCE * float(theirs.norm())
+
+
+def _on(device: torch.device, part: object) -> object:
+    return part.to(device) if isinstance(part, torch.Tensor) else part
 
 
 def _close(ours: torch.Tensor, theirs: torch.Tensor) -> bool:
@@ -74,7 +107,7 @@ def _weights(generator: torch.Generator) -> list[PackedWeight]:
 
 
 def _moved(weight: PackedWeight, device: torch.device) -> PackedWeight:
-    return PackedWeight(*(part.to(device) if isinstance(part, torch.Tensor) else part for part in to_rows(weight)))
+    return PackedWeight(*(_on(device, part) for part in to_rows(weight)))
 
 
 def _sentence(kernel: str) -> str:

@@ -15,21 +15,38 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core.kernels import cpu
+from trdq_core.kernels.dispatch import Backend
+from trdq_core.kernels.surroundings import attend as torch_attend
 from trdq_core.kernels.types import Epilogue, Prologue
 from trdq_core.nn.attention import PLAIN_PROCESSORS, additive_mask
 from trdq_core.nn.linear import QuantizedLinear
 
 GELU = Prologue("gelu")
+# The kernels that take what is around a linear, and in which types. The C++ ones would widen half types first.
+FUSED_TYPES: dict[Backend, tuple[torch.dtype, ...]] = {
+    "cpp": (torch.float32,),
+    "triton": (torch.float32, torch.bfloat16, torch.float16),
+}
 
 
 def fusable(*linears: nn.Module) -> bool:
-    """Whether all run in the C++ kernels and read nothing but the quantized input (a low-rank branch reads more)."""
+    """Whether all run in kernels that fuse and read nothing but the quantized input (a low-rank branch reads more)."""
     return all(
         isinstance(linear, QuantizedLinear)
         and linear.integer
         and linear.low_rank_up is None
-        and linear.input_quantizer.backend == "cpp"
+        and linear.input_quantizer.backend in FUSED_TYPES
         for linear in linears
+    )
+
+
+def takes(x: Tensor, *linears: QuantizedLinear) -> bool:
+    """Whether the linears, with inputs of the type of x, may be called past their own forwards.
+
+    Asked at each call: the model may have been moved to where other kernels run, and hooks come and go.
+    """
+    return not hooked(*linears) and all(
+        x.dtype in FUSED_TYPES.get(linear.input_quantizer.backend, ()) for linear in linears
     )
 
 
@@ -52,11 +69,10 @@ def hooked(*modules: nn.Module) -> bool:
 
 
 def runs_here(x: Tensor) -> bool:
-    """Whether the fused kernels take this call: eager, without gradients, (items, tokens, channels) float32 on a CPU."""
+    """Whether fused kernels could take this call: eager, without gradients, (items, tokens, channels)."""
     if torch.compiler.is_compiling() or _switched_off.get():
         return False
-    here = x.device.type == "cpu" and x.dtype is torch.float32 and x.ndim == 3
-    return here and not (torch.is_grad_enabled() and x.requires_grad)
+    return x.ndim == 3 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def product(
@@ -78,10 +94,10 @@ NOTHING = Around()
 
 
 class FusedAttention:
-    """The processor of a plain attention with quantized projections: q, k and v in one product, then the C++ attention.
+    """The processor of a plain attention with quantized projections: q, k and v in one product, then the attention.
 
-    Queries, keys and values stay where the product left them, so no head is copied into place. The attention itself is
-    float32: `attend` differs from torch's by rounding alone.
+    Queries, keys and values stay where the product left them, so no head is copied into place. The attention itself is that
+    of C++ in float32, which differs from torch's by rounding alone; beside Triton's products it is torch's own.
     """
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
@@ -96,7 +112,7 @@ class FusedAttention:
         temb: Tensor | None = None,
     ) -> Tensor:
         """The attention's output (batch, tokens, channels)."""
-        if not runs_here(hidden_states) or not self.takes(attn):
+        if not runs_here(hidden_states) or not self.takes(attn, hidden_states):
             return self.plain(
                 attn,
                 hidden_states,
@@ -106,9 +122,9 @@ class FusedAttention:
             )
         return self.attend(attn, hidden_states, encoder_hidden_states, attention_mask)
 
-    def takes(self, attn: nn.Module) -> bool:
-        """Whether the projections may be called past their own forwards."""
-        return not hooked(attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
+    def takes(self, attn: nn.Module, x: Tensor) -> bool:
+        """Whether the projections, with inputs of the type of x, may be called past their own forwards."""
+        return takes(x, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
 
     def attend(
         self, attn: nn.Module, x: Tensor, context: Tensor | None, mask: Tensor | None, around: Around = NOTHING
@@ -121,7 +137,8 @@ class FusedAttention:
             (q,) = _side_by_side((attn.to_q,), x, around.prologue)
             k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
             source = context
-        heads = cpu.attend(q, k, v, attn.heads, additive_mask(attn, mask, source))
+        attention = cpu.attend if attn.to_q.input_quantizer.backend == "cpp" else torch_attend
+        heads = attention(q, k, v, attn.heads, additive_mask(attn, mask, source))
         return product((attn.to_out[0],), heads, None, around.epilogue)
 
 
@@ -140,13 +157,13 @@ class FusedFeedForward:
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The output (batch, tokens, channels)."""
-        if args or kwargs or not runs_here(hidden_states) or not self.takes():
+        if args or kwargs or not runs_here(hidden_states) or not self.takes(hidden_states):
             return self.plain(hidden_states, *args, **kwargs)
         return self.run(hidden_states)
 
-    def takes(self) -> bool:
-        """Whether the linears may be called past their own forwards."""
-        return not hooked(self.module.net[0].proj, self.module.net[2])
+    def takes(self, x: Tensor) -> bool:
+        """Whether the linears, with inputs of the type of x, may be called past their own forwards."""
+        return takes(x, self.module.net[0].proj, self.module.net[2])
 
     def run(self, x: Tensor, around: Around = NOTHING) -> Tensor:
         """The output of a call that `runs_here`, with what the block does around it."""

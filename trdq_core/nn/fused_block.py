@@ -53,7 +53,7 @@ class FusedBlock:
         added_cond_kwargs: dict[str, Tensor] | None = None,
     ) -> Tensor:
         """The block's output (batch, tokens, channels)."""
-        if cross_attention_kwargs or not runs_here(hidden_states):
+        if cross_attention_kwargs or not runs_here(hidden_states) or not self.takes(hidden_states):
             return self.plain(
                 hidden_states,
                 attention_mask=attention_mask,
@@ -73,6 +73,12 @@ class FusedBlock:
             x = _attention(block.attn2, x, encoder_hidden_states, encoder_attention_mask, None, None)
         norm = Prologue("norm", made.shift, made.scale, second.eps)
         return _feed_forward(block.ff, x, norm, made.gate)
+
+    def takes(self, x: Tensor) -> bool:
+        """Whether at least one part of the block runs fused on inputs of the type of x."""
+        block = self.block
+        attentions = [part for part in (block.attn1, block.attn2) if part is not None]
+        return any(_fused_attention(part, x) for part in attentions) or _fused_feed_forward(block.ff, x) is not None
 
     def _modulation(self, x: Tensor, timestep: Tensor | None, class_labels: Tensor | None) -> Modulation:
         block = self.block
@@ -104,17 +110,29 @@ def _attention(
     gate: Tensor | None,
 ) -> Tensor:
     added = Epilogue(x.flatten(0, 1), gate)
-    if isinstance(attention.processor, FusedAttention) and attention.processor.takes(attention):
-        return attention.processor.attend(attention, x, context, mask, Around(norm, added))
+    fused = _fused_attention(attention, x)
+    if fused is not None:
+        return fused.attend(attention, x, context, mask, Around(norm, added))
     y = attention(_normed(x, norm), encoder_hidden_states=context, attention_mask=mask)
     return apply_epilogue(y.flatten(0, 1), added).view_as(x)
 
 
 def _feed_forward(feed_forward: nn.Module, x: Tensor, norm: Prologue, gate: Tensor) -> Tensor:
     added = Epilogue(x.flatten(0, 1), gate)
-    if isinstance(feed_forward.forward, FusedFeedForward) and feed_forward.forward.takes():
-        return feed_forward.forward.run(x, Around(norm, added))
+    fused = _fused_feed_forward(feed_forward, x)
+    if fused is not None:
+        return fused.run(x, Around(norm, added))
     return apply_epilogue(feed_forward(_normed(x, norm)).flatten(0, 1), added).view_as(x)
+
+
+def _fused_attention(attention: nn.Module, x: Tensor) -> FusedAttention | None:
+    processor = getattr(attention, "processor", None)
+    return processor if isinstance(processor, FusedAttention) and processor.takes(attention, x) else None
+
+
+def _fused_feed_forward(feed_forward: nn.Module, x: Tensor) -> FusedFeedForward | None:
+    forward = feed_forward.forward
+    return forward if isinstance(forward, FusedFeedForward) and forward.takes(x) else None
 
 
 def _normed(x: Tensor, norm: Prologue | None) -> Tensor:

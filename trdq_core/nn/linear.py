@@ -17,6 +17,7 @@ from trdq_core.nn.stored_weights import (
     PACKED_FIELDS,
     coded_buffers,
     dense_weight,
+    in_layout,
     pack,
     packed_buffers,
     shape_only,
@@ -175,8 +176,18 @@ class QuantizedLinear(nn.Module):
         return moved
 
     def fit_backend(self) -> None:
-        """Let the input go through kernels of the device that the weight is on."""
+        """Let the input go through kernels of the device that the weight is on, and lay the weight out for them."""
         self.input_quantizer.fit_backend((self.qweight if self.integer else self.codes).device)
+        if self.integer and not self.qweight.is_meta:
+            self.qweight = self.laid_out(self.qweight)
+            self.refresh()
+
+    def laid_out(self, qweight: Tensor, *, panels: bool = False) -> Tensor:
+        """A `qweight` (sets, ...) of this layer in the layout that its backend multiplies with, or in panels, as files have
+        it; the tensor itself where it lies so.
+        """
+        rows = self.input_quantizer.backend == "triton" and not panels
+        return in_layout(qweight, self.storage_bits, self.in_features, self.out_features, rows=rows)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, W{self.weight_bits}, sets={self.sets}, kernel={self.kernel}"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from trdq_core.kernels import dispatch
+from trdq_core.kernels import dispatch, packing
 from trdq_core.kernels.types import PackedWeight
 from trdq_core.numerics.packing import pack_bits, unpack_bits
 from trdq_core.weights.rounding import CodedWeight, QuantizedWeight, Weight, dequantize_weight
@@ -34,6 +34,16 @@ def pack(weight: QuantizedWeight, backend: dispatch.Backend | None = None) -> Pa
         bits=storage_bits(weight.bits),
         backend=backend,
     )
+
+
+def in_layout(data: Tensor, bits: int, in_features: int, out_features: int, *, rows: bool) -> Tensor:
+    """Packed data (sets, ...) in rows or in panels; the tensor itself where it lies so."""
+    if (data.dim() == 3) == rows:
+        return data
+    change = packing.to_rows if rows else packing.to_panels
+    sizes = (bits, 0, in_features, out_features)
+    nothing = data.new_empty(0)  # scales are the same in both
+    return torch.stack([change(PackedWeight(one, nothing, None, nothing, None, *sizes)).data for one in data])
 
 
 def packed_buffers(weights: Sequence[PackedWeight]) -> dict[str, Tensor | None]:

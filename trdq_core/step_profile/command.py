@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from trdq_core import branches
-from trdq_core.errors import ModelError
+from trdq_core.errors import ModelError, StorageError
 from trdq_core.sampling import Trajectory
 from trdq_core.session import Session
 from trdq_core.step_profile.roofline import Peaks, measured_peaks, roofline
@@ -20,8 +22,9 @@ from trdq_core.step_profile.split import split_step, trace_step
 def profile_steps(
     session: Session, report: dict[str, Any], denoisers: Mapping[str, nn.Module], call: Mapping[str, Any]
 ) -> None:
-    """Add "split" with its shares, "roofline" and, if the specification names a file, a Chrome trace to rows of denoisers.
+    """Add "split" with its shares, "roofline" and Chrome traces to the rows of some denoisers.
 
+    "trace_file" lies in the run folder, compressed; "trace" is the file that the specification names, if it names one.
     `call` holds the arguments of one denoiser call. Simulated rows get none of it, since their time is that of no kernel, nor
     do other tools, whose work is not cut into operators that torch's profiler could see.
     """
@@ -36,10 +39,13 @@ def profile_steps(
         step = _step(denoiser, call)
         with branches.joint() if session.spec.guidance > 1 else branches.single():
             report["recipes"][name] |= _measured(step, peaks)
-            if session.spec.trace is not None:
-                file = trace_file(session.spec.trace, name, several=len(shown) > 1)
-                trace_step(step, file)
-                report["recipes"][name]["trace"] = str(file)
+            stored = f"traces/{name}.json.gz"
+            trace_step(step, session.folder.path / stored)
+        report["recipes"][name]["trace_file"] = stored
+        if session.spec.trace is not None:
+            file = trace_file(session.spec.trace, name, several=len(shown) > 1)
+            copy_trace(session.folder.path / stored, file)
+            report["recipes"][name]["trace"] = str(file)
         progress.advance(name)
 
 
@@ -68,6 +74,19 @@ def trace_file(given: str, recipe: str, *, several: bool) -> Path:
     """The file for one recipe's trace: the given one, or with the recipe's name in it where there are several."""
     file = Path(given)
     return file.with_name(f"{file.stem}-{recipe}{file.suffix or '.json'}") if several else file
+
+
+def copy_trace(stored: Path, file: Path) -> None:
+    """Put a compressed trace where somebody wants it, plain unless the file ends in .gz; StorageError if that fails."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".gz":
+            shutil.copyfile(stored, file)
+            return
+        with gzip.open(stored) as packed, file.open("wb") as plain:
+            shutil.copyfileobj(packed, plain)
+    except OSError as error:
+        raise StorageError(f"{file}: the trace could not be written ({error}); choose another file.") from error
 
 
 def decode_ms(session: Session, run: Trajectory) -> float | None:
