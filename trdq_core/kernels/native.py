@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 from trdq_core.errors import BackendUnavailable
 from trdq_core.kernels import build, selftest
 
-ABI_VERSION = 4  # 4: times of the phases
+ABI_VERSION = 5  # 5: wall times of the phases; a residual has the columns of all weights
 Path = Literal["portable", "avx2", "avx512-vnni"]
 PATHS: tuple[Path, ...] = get_args(Path)  # in the order of the library's own numbers
 
