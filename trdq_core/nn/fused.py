@@ -80,12 +80,15 @@ NOTHING = Around()
 class FusedAttention:
     """The processor of a plain attention with quantized projections: q, k and v in one product, then the C++ attention.
 
-    Queries, keys and values stay where the product left them, so no head is copied into place. The attention itself is
-    float32: `attend` differs from torch's by rounding alone.
+    Queries, keys and values stay where the product left them, so no head is copied into place. With `bits` 0 the attention
+    itself is float32 and differs from torch's by rounding alone; 8 takes the kernel with int8 products, and `int8_calls`
+    tells how often that ran.
     """
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
         self.plain = plain
+        self.bits = 0
+        self.int8_calls = 0
 
     def __call__(
         self,
@@ -121,7 +124,9 @@ class FusedAttention:
             (q,) = _side_by_side((attn.to_q,), x, around.prologue)
             k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
             source = context
-        heads = cpu.attend(q, k, v, attn.heads, additive_mask(attn, mask, source))
+        bits = self.bits if k.shape[1] <= cpu.MAX_IN_FEATURES else 0  # more would not fit the integer sums
+        self.int8_calls += bits == 8
+        heads = cpu.attend(q, k, v, attn.heads, additive_mask(attn, mask, source), bits)
         return product((attn.to_out[0],), heads, None, around.epilogue)
 
 
