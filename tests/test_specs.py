@@ -97,6 +97,8 @@ def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
         (lambda: LowRankSpec(rank=0), "rank: got 0; allowed is 1 to 1024"),
         (lambda: AttentionSpec(bits=2), "attention bits: got 2"),
         (lambda: AttentionSpec(per_time_group=True), "whose threshold then moves"),
+        (lambda: AttentionSpec(live=True, bits=6), "attention live: got 6 bits and 8-bit uniform softmax"),
+        (lambda: AttentionSpec(live=True, softmax_grid="twin_region"), "the kernel takes bits 8"),
         (lambda: ReconstructionSpec(beta=(2.0, 20.0)), "give two numbers, the first larger"),
         (lambda: Recipe(name="x", reconstruction=ReconstructionSpec()), "learns the rounding"),
         (lambda: Recipe(name="x", rules=(LEARNED,), storage="resident"), 'use storage "shared"'),

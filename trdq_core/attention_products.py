@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from trdq_core.attention_search import OperandSamples, search_grids
 from trdq_core.errors import CalibrationError, RecipeError
 from trdq_core.events import OnEvent, Progress, ignore
+from trdq_core.kernels import dispatch
 from trdq_core.nn.attention import Map
+from trdq_core.nn.fused import FusedAttention
 from trdq_core.nn.modules import share_copy
 from trdq_core.nn.quantized_attention import AttentionGrids, ObservedAttention, QuantizedAttention, check_products
 from trdq_core.plan import LayerInfo
@@ -25,6 +27,7 @@ SAMPLES = 32  # items kept of one attention, as TQ-DiT keeps them; spread evenly
 SAMPLES_OF_GROUP = 4  # at least that many of each
 ROWS = 16  # queries of a sample
 KEYS = 256  # keys and values of a sample; where there are more, that many are drawn
+NO_ATTENTION = "attention: this model has no attention whose products can be quantized; leave it out."
 HIDDEN = -1000.0  # a mask that adds less leaves a probability of exactly zero in fp32
 
 
@@ -114,6 +117,11 @@ class QuantizedProducts:
 
     processors: Mapping[str, QuantizedAttention]
 
+    @property
+    def kernels(self) -> dict[str, int]:
+        """None runs in an integer kernel."""
+        return {}
+
     def facts(self) -> dict[str, Any]:
         """For reports: bits, thresholds by attention and time group, calls; always simulated."""
         grids = {name: processor.grids for name, processor in self.processors.items()}
@@ -128,6 +136,44 @@ class QuantizedProducts:
             "calls": sum(processor.calls for processor in self.processors.values()),
             "simulated": True,
         }
+
+
+@dataclass(frozen=True)
+class LiveProducts:
+    """What `use_int8_attention` found: the fused processors by the name of their attention, out of `asked` attentions."""
+
+    fused: Mapping[str, FusedAttention]
+    asked: int
+    processors: Mapping[str, QuantizedAttention] = field(default_factory=dict)  # none: there are no grids to store
+
+    @property
+    def kernels(self) -> dict[str, int]:
+        """How many attentions run in the int8 kernel, under its name; nothing where none does."""
+        return {dispatch.int8_attention_name(): len(self.fused)} if self.fused else {}
+
+    def facts(self) -> dict[str, Any]:
+        """For reports: how many of the attentions asked for run in int8, the others being exact, and their int8 calls."""
+        return {
+            "attentions": len(self.fused),
+            "exact": self.asked - len(self.fused),
+            "bits": 8,
+            "softmax_bits": 8,
+            "softmax_grid": "uniform",
+            "calls": sum(processor.int8_calls for processor in self.fused.values()),
+            "simulated": False,
+        }
+
+
+def use_int8_attention(denoiser: nn.Module, layers: Iterable[LayerInfo], spec: AttentionSpec) -> LiveProducts:
+    """Int8 products in the attentions of `denoiser` that were fused before; the others stay exact. Give it a copy."""
+    names = attentions(layers, cross=spec.cross)
+    if not names:
+        raise RecipeError(NO_ATTENTION)
+    found = {name: getattr(denoiser.get_submodule(name), "processor", None) for name in names}
+    fused = {name: processor for name, processor in found.items() if isinstance(processor, FusedAttention)}
+    for processor in fused.values():
+        processor.bits = 8
+    return LiveProducts(fused, len(names))
 
 
 def attentions(layers: Iterable[LayerInfo], *, cross: bool) -> list[str]:
@@ -152,7 +198,7 @@ def fit_attention(
     """
     names = attentions(model.linears(), cross=spec.cross)
     if not names:
-        raise RecipeError("attention: this model has no attention whose products can be quantized; leave it out.")
+        raise RecipeError(NO_ATTENTION)
     denoiser = share_copy(model.denoiser)
     time = TimeContext(groups if spec.per_time_group else TimeGroups())
     time.attach(denoiser, model.timestep_argument)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from trdq_core.allocator import release_free_memory
-from trdq_core.attention_products import QuantizedProducts
+from trdq_core.attention_products import LiveProducts, QuantizedProducts, use_int8_attention
 from trdq_core.errors import CalibrationError, ModelError
 from trdq_core.events import OnEvent, Progress, ignore
 from trdq_core.fitting import FittedInput, fit_input
@@ -44,7 +44,7 @@ class Conversion:
     switched: SwitchedSets | None = None
     sharing: Sharing | None = None
     packed_bytes: int = 0  # of a file with tightly packed codes; all sets
-    attention: QuantizedProducts | None = None
+    attention: QuantizedProducts | LiveProducts | None = None
     reconstruction: dict[str, Any] | None = None
     fused: dict[str, int] = field(default_factory=dict)  # how many attentions, feed-forwards and blocks run fused
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
@@ -76,7 +76,8 @@ class Conversion:
         kernels: dict[str, int] = {}
         for layer in layers.values():
             kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
-        simulated = any(layer.simulated for layer in layers.values()) or self.attention is not None
+        kernels |= self.attention.kernels if self.attention is not None else {}
+        simulated = any(layer.simulated for layer in layers.values()) or self.recipe.simulated_attention
         return {
             "weight_bytes": weight_bytes,
             "fp_weight_bytes": 4 * count,
@@ -173,7 +174,11 @@ def convert(
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(copy, layers, recipe.sharing, time)
     if recipe.attention is not None:
-        conversion.attention = passes.quantized_attention(copy, recipe.attention, groups, time)
+        conversion.attention = (
+            use_int8_attention(copy, layers, recipe.attention)
+            if recipe.attention.live
+            else passes.quantized_attention(copy, recipe.attention, groups, time)
+        )
     time.attach(copy, argument)
     return conversion
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from trdq_core.allocator import release_free_memory
+from trdq_core.attention_products import use_int8_attention
 from trdq_core.convert import Conversion, check_unquantized, install_input, linear_of, without_weights
 from trdq_core.errors import RecipeError
 from trdq_core.fitting import FittedInput, FittedSet
@@ -58,13 +59,15 @@ def convert_without_data(
     conversion.fused = fuse(denoiser)
     if recipe.sharing is not None:
         conversion.sharing = apply_sharing(denoiser, layers, recipe.sharing, conversion.time)
+    if recipe.attention is not None:
+        conversion.attention = use_int8_attention(denoiser, layers, recipe.attention)
     conversion.time.attach(denoiser, argument)
     return conversion
 
 
 def needs_data(recipe: Recipe) -> str | None:
     """What a recipe cannot be fitted for without a calibration, None if weights are all it looks at."""
-    if recipe.attention is not None:
+    if recipe.simulated_attention:
         return "its attention products have static grids"
     for rule in recipe.rules:
         activation = rule.activation

@@ -232,9 +232,13 @@ def _notes(recipe: Recipe, steps: int, sets: int, one_set: int) -> tuple[str, ..
         notes.append(
             f"{bits}-bit weights are stored as int{stored}: their quality is that of {bits} bits, their size that of {stored}."
         )
-    if any(rule.weight is not None and not rule.integer for rule in recipe.rules) or recipe.attention is not None:
+    if any(rule.weight is not None and not rule.integer for rule in recipe.rules) or recipe.simulated_attention:
         notes.append(
             "Simulated: no integer kernel takes all of these grids, so there are no times; sizes are of packed codes."
+        )
+    if recipe.attention is not None and recipe.attention.live:
+        notes.append(
+            "Attention products are int8 where the CPU kernels run the attention; everywhere else it is exact."
         )
     if any(rule.activation is not None and rule.activation.bits < 8 for rule in recipe.rules):
         notes.append("Activations below 8 bits run through the int8 product: real integers, no further speed.")

@@ -36,6 +36,7 @@ METHOD_TITLES = {
     "tr-dq-release-pixart": "TR-DQ released, PixArt",
     "tr-dq-release-opensora": "TR-DQ released, OpenSora",
     "tr-dq": "TR-DQ",
+    "tr-dq-int8-attention": "TR-DQ, int8 attention",
     "tr-dq-plus": "TR-DQ plus",
     "tr-dq-plus-low-rank": "TR-DQ plus, low rank",
 }
@@ -79,7 +80,7 @@ def baseline_choices(saved: tuple[Recipe, ...] = ()) -> list[tuple[str, str]]:
 
 def is_simulated(recipe: Recipe) -> bool:
     """Whether no integer kernel takes some of the recipe's grids, so that it is computed in floating point."""
-    return recipe.attention is not None or any(rule.weight is not None and not rule.integer for rule in recipe.rules)
+    return recipe.simulated_attention or any(rule.weight is not None and not rule.integer for rule in recipe.rules)
 
 
 def calibration_words(recipe: Recipe) -> str:
@@ -91,7 +92,7 @@ def calibration_words(recipe: Recipe) -> str:
         rule.activation is not None and not rule.activation.dynamic and rule.activation.range in SECOND_PASS_RANGES
         for rule in recipe.rules
     )
-    if static or recipe.attention is not None or any(spec.range == "output" for spec in quantizers):
+    if static or recipe.simulated_attention or any(spec.range == "output" for spec in quantizers):
         return "second pass"
     return "none"
 

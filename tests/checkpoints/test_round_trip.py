@@ -46,6 +46,7 @@ RECIPES = {
     "lrq-dit": parse_recipe("lrq-dit-w3a4"),
     "tfmq-dm": parse_recipe("tfmq-dm-w4a8"),
     "tq-dit": parse_recipe("tq-dit-w8a8"),
+    "int8-attention": parse_recipe("tr-dq-int8-attention-w4a8"),
     "quantized+sharing": with_sharing(grouped("switched"), SHARING),
     "sharing alone": with_sharing(Recipe(name="fp"), SHARING),
 }

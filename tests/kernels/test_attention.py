@@ -74,6 +74,58 @@ def test_masks_are_added(native_backend: ModuleType, bits: int, shape: tuple[int
 
 
 @pytest.mark.parametrize("bits", [0, 8])
+def test_rows_that_see_nothing_become_zero(native_backend: ModuleType, threads: int, bits: int) -> None:
+    """As torch's attention gives them; the other rows do not change, nor does an item that sees everything."""
+    q, k, v = operands((2, 3, 60, 70, 16))
+    mask = torch.zeros(2, 1, 60, 70)
+    mask[0, :, [0, 5, 59]] = float("-inf")
+    mask[0, :, 7, 3:] = float("-inf")
+    actual = native_backend.attend(q, k, v, 3, mask, bits)
+    expected = attend(q.double(), k.double(), v.double(), 3, mask.double()).float()
+    assert torch.equal(expected[0, [0, 5, 59]], torch.zeros(3, 48))
+    assert torch.equal(actual[0, [0, 5, 59]], torch.zeros(3, 48))
+    torch.testing.assert_close(actual, expected, rtol=0, atol=(0.05 if bits else 1e-5))
+    oracle = attend_int8(q, k, v, 3, mask) if bits else expected
+    torch.testing.assert_close(actual, oracle, rtol=0, atol=(0.01 * float(v.abs().max()) if bits else 1e-5))
+    whole = torch.full((1, 1, 1, 70), float("-inf"))
+    assert torch.equal(native_backend.attend(q, k, v, 3, whole, bits), torch.zeros(2, 60, 48))
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+def test_masks_of_truth_values(native_backend: ModuleType, bits: int) -> None:
+    """True takes part, as in torch's attention."""
+    q, k, v = operands((2, 3, 6, 9, 16))
+    mask = torch.rand(2, 1, 6, 9, generator=generator()) < 0.6
+    mask[1, :, 2] = False
+    added = torch.zeros(mask.shape).masked_fill(~mask, float("-inf"))
+    actual = native_backend.attend(q, k, v, 3, mask, bits)
+    assert torch.equal(actual, native_backend.attend(q, k, v, 3, added, bits))
+    expected = attend(q.double(), k.double(), v.double(), 3, mask).float()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=(0.05 if bits else 1e-5))
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_what_is_not_finite_stays_visible(native_backend: ModuleType, bits: int, bad: float) -> None:
+    """A NaN or infinity in q, k or v never becomes a number: where torch's attention has none, neither has this one."""
+    sizes = (2, 2, 20, 37, 24)
+    for part in range(3):
+        parts = operands(sizes)
+        parts[part][0, 3, 5] = bad
+        expected = attend(*(x.double() for x in parts), 2)
+        actual = native_backend.attend(*parts, 2, bits=bits)
+        assert bool(torch.isfinite(actual[1]).all())
+        assert bool(torch.isfinite(actual[0, :, 24:]).all())  # the other head
+        lost = ~torch.isfinite(expected)
+        assert bool(lost.any())
+        assert not bool(torch.isfinite(actual[lost]).any())
+    q, k, v = operands(sizes)
+    mask = torch.full((1, 1, 1, 37), float("-inf"))
+    mask[..., 4] = float("nan")
+    assert bool(torch.isnan(native_backend.attend(q, k, v, 2, mask, bits)).all())
+
+
+@pytest.mark.parametrize("bits", [0, 8])
 def test_slices_of_one_product(native_backend: ModuleType, bits: int) -> None:
     """q, k and v lie side by side in one tensor, as the fused projections leave them."""
     together = torch.randn(2, 10, 3 * 32, generator=generator())
@@ -111,4 +163,6 @@ def test_misfits_are_named(cpp: ModuleType) -> None:
         cpp.attend(q, k, v[:, :5], 2)
     with pytest.raises(ShapeError, match="mask"):
         cpp.attend(q, k, v, 2, torch.zeros(1, 1, 1, 5))
+    with pytest.raises(ShapeError, match=r"mask is torch\.int64"):
+        cpp.attend(q, k, v, 2, torch.ones(1, 1, 1, 6, dtype=torch.int64))
     assert cpp.attend(q[:, :0], k, v, 2).shape == (1, 0, 16)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -96,10 +97,123 @@ def test_unwritable_cache(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_file_that_is_no_library(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A damaged file in the cache is reported, not loaded."""
+    """What the compiler makes does not load: tried once more, then reported."""
     needs_compiler()
-    monkeypatch.setattr(build, "_run_compiler", lambda command: Path(command[-1]).write_bytes(b"no library"))
-    assert_falls_back("do not load", "remove the file")
+    commands: list[list[str]] = []
+
+    def run(command: list[str]) -> None:
+        commands.append(command)
+        Path(command[-1]).write_bytes(b"no library")
+
+    monkeypatch.setattr(build, "_run_compiler", run)
+    assert_falls_back("do not load")
+    assert len(commands) == 2
+
+
+@pytest.fixture
+def quick(cpp: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A library in a fresh cache that nothing has loaded; what the machine's own compiler makes is a copy, to save time."""
+    ready, compiler, run = native.load().library.path.read_bytes(), build.find_compiler(), build._run_compiler
+
+    def copy(command: list[str]) -> None:
+        if command[0] != compiler:
+            run(command)
+        else:
+            Path(command[-1]).write_bytes(ready)
+
+    monkeypatch.setattr(build, "_run_compiler", copy)
+    monkeypatch.setenv("TRDQ_CACHE_DIR", str(tmp_path))
+    native.forget()
+    yield build.find_or_build().path
+    monkeypatch.undo()
+    native.forget()
+
+
+@pytest.mark.parametrize("damage", ["cut", "other", "no note", "foreign note"])
+def test_damaged_and_stale_files_are_built_again(quick: Path, damage: str) -> None:
+    """Half a file, another library under the right name, one that nothing is known of: the next process cures it."""
+    whole = quick.read_bytes()
+    note = quick.with_suffix(".json")
+    if damage == "cut":
+        quick.write_bytes(whole[: len(whole) // 2])
+    elif damage == "other":
+        quick.write_bytes(b"another library")
+    elif damage == "no note":
+        note.unlink()
+    else:
+        note.write_text("[1]")
+    assert native.load().library.path == quick
+    assert build._intact(quick)
+    assert quick.read_bytes() == whole
+
+
+def test_library_that_does_not_load_here_is_built_again(quick: Path) -> None:
+    """Whole by its checksum, and still no library for this machine."""
+    note = json.loads(quick.with_suffix(".json").read_text())
+    quick.write_bytes(b"built for another system")
+    quick.with_suffix(".json").write_text(json.dumps(note | {"sha256": build._checksum(quick)}))
+    assert build._intact(quick)
+    assert native.load().library.path == quick
+
+
+@pytest.mark.parametrize("compiler", ["none", "broken", "newer and broken"])
+def test_cached_library_without_a_compiler(
+    quick: Path, tmp_path: Path, compiler: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Built once, it runs where there is no compiler any more; a damaged one does not, and the compiler is what lacks."""
+    version = build.find_or_build().compiler
+    script = tmp_path / "compiler"
+    newer = '[ "$1" = --version ] && echo gcc 99 && exit 0\n' if compiler == "newer and broken" else ""
+    script.write_text(f"#!/bin/sh\n{newer}exit 1\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    if compiler == "none":
+        monkeypatch.delenv("CXX")
+        monkeypatch.setenv("PATH", str(tmp_path / "empty"))
+    native.forget()
+    assert native.load().library.path == quick
+    assert native.load().library.compiler == version
+    quick.write_bytes(quick.read_bytes()[:1000])
+    native.forget()
+    assert_falls_back({"none": "No C++ compiler", "broken": "does not run"}.get(compiler, "failed with"))
+
+
+def test_compiler_that_vanishes(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It told its version and was gone: the sentence is about the compiler, not about the cache."""
+    script = fresh / "compiler"
+    script.write_text('#!/bin/sh\necho fake 1.0\nrm -- "$0"\n')
+    script.chmod(0o755)
+    monkeypatch.setenv("CXX", str(script))
+    assert_falls_back("compiler", "could not be started", str(script))
+    assert not list((fresh / "kernels").glob("*.tmp"))
+
+
+# Loads a library and transforms two rows with it, in a process that has no torch at all.
+WITHOUT_TORCH = """
+import ctypes, runpy, sys
+sys.modules["torch"] = None
+structures = runpy.run_path(sys.argv[2])
+library = ctypes.CDLL(sys.argv[1])
+x, factor, y = (ctypes.c_float * 64)(*range(64)), (ctypes.c_float * 32)(*[2.0] * 32), (ctypes.c_float * 64)()
+address = lambda array: ctypes.cast(array, ctypes.c_void_p)
+rows = structures["Rows"](x=address(x), tokens=2, width=32, item_rows=1, inverse_scale=address(factor), clip=1.0)
+assert library.trdq_transform(ctypes.byref(rows), y, 2) == 0
+assert list(y) == [2.0 * i for i in range(64)]
+print(library.trdq_abi_version())
+"""
+
+
+def test_torch_is_no_part_of_the_library(cpp: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but C crosses the border, so one file serves every version of torch, and its name says nothing of torch."""
+    path = native.load().library.path
+    structures = Path(build.__file__).with_name("structures.py")
+    command = [sys.executable, "-I", "-c", WITHOUT_TORCH, str(path), str(structures)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert answer.stdout.strip() == str(native.ABI_VERSION), answer.stderr
+    before = build._stem()
+    monkeypatch.setattr(torch, "__version__", "99.0")
+    assert build._stem() == before
+    assert path.name.startswith(before)
 
 
 def test_library_of_another_version(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +229,7 @@ def test_a_lock_nobody_holds_and_half_a_build_do_not_matter(fresh: Path, monkeyp
     monkeypatch.setattr(build, "FLAGS", ("-O0", *build.FLAGS[1:]))
     folder = fresh / "kernels"
     folder.mkdir(parents=True)
-    name = f"trdq-kernels-{build._fingerprint(build._compiler_version(build.find_compiler()))}"
+    name = f"{build._stem()}-{build._digest(build._compiler_version(build.find_compiler()))}"
     (folder / f"{name}.lock").touch()
     (folder / f"{name}abc.tmp").write_bytes(b"half a library")
     assert build.find_or_build().path == folder / f"{name}.so"
@@ -123,9 +237,9 @@ def test_a_lock_nobody_holds_and_half_a_build_do_not_matter(fresh: Path, monkeyp
 
 def test_flags_from_the_environment_build_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with sanitizers never stands in for the plain one."""
-    before = build._fingerprint("compiler 1")
+    before = build._stem()
     monkeypatch.setenv(build.EXTRA_FLAGS, "-fsanitize=address")
-    assert build._fingerprint("compiler 1") != before
+    assert build._stem() != before
     assert build._flags()[-1] == "-fsanitize=address"
 
 
@@ -163,10 +277,10 @@ def test_two_processes_build_at_once_and_a_third_finds_it(fresh: Path, monkeypat
 @pytest.mark.parametrize("name", ["cpu_flags", "FLAGS"])
 def test_another_cpu_or_other_flags_build_anew(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The file's name depends on them, as it does on the compiler's version."""
-    before = build._fingerprint("compiler 1")
-    assert build._fingerprint("compiler 2") != before
+    before = build._stem()
+    assert build._digest("compiler 1") != build._digest("compiler 2")
     monkeypatch.setattr(build, name, (lambda: ("other",)) if name == "cpu_flags" else ("-O1",))
-    assert build._fingerprint("compiler 1") != before
+    assert build._stem() != before
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,24 @@ def test_several_weights_of_one_input(native_backend: ModuleType, threads: int, 
     assert torch.equal(together, torch.cat(alone, 1))
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("tokens", [6, 26, 300])
+def test_residual_and_gate_of_several_weights(
+    native_backend: ModuleType, threads: int, tokens: int, gated: bool
+) -> None:
+    """Every product takes its own columns of what is added and of the gate."""
+    widths = (70, 1, 64)
+    weights = [(make_weight(width, 64, 8, seed=width), torch.randn(width, generator=generator())) for width in widths]
+    added = torch.randn(tokens, sum(widths), generator=generator(1))
+    gate = torch.randn(2, sum(widths), generator=generator(2)) if gated else None
+    x = make_input(tokens, 64)
+    levels = reference.quantize_activation(x, NO_STAGES, 8, True)
+    products = torch.cat([reference.linear(levels, weight, bias) for weight, bias in weights], 1)
+    expected = apply_epilogue(products.double(), Epilogue(added, gate))
+    actual = native_backend.linears_from_float(x, NO_STAGES, weights, 8, True, epilogue=Epilogue(added, gate)).double()
+    torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("name", ["torch", "cpp", "reference"])
 def test_every_backend_takes_prologue_and_epilogue(name: dispatch.Backend, cpp: ModuleType) -> None:
     """Through the dispatch, with leading dimensions; all near the float product."""
@@ -145,13 +163,12 @@ def test_sizes_without_panels_run_through_torch(cpp: ModuleType) -> None:
     """A group size that the panels do not take: prologue, several weights and epilogue all the same."""
     weight = make_weight(10, 60, 4, groups=5)
     x, prologue = make_input(6, 60), make_prologue("gelu", 1, 60)
-    added = torch.ones(6, 20)
+    added = torch.randn(6, 20, generator=generator(1))
     y = cpp.linears_from_float(x, NO_STAGES, [(weight, None)] * 2, 8, True, None, 1.0, prologue, Epilogue(added))
     levels = reference.quantize_activation(apply_prologue(x, prologue), NO_STAGES, 8, True)
-    expected = 1 + reference.linear(levels, weight)
-    torch.testing.assert_close(
-        y, torch.cat([expected, expected], 1), rtol=1e-3, atol=1e-3 * float(expected.abs().max())
-    )
+    product = reference.linear(levels, weight)
+    expected = added + torch.cat([product, product], 1)
+    torch.testing.assert_close(y, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
 def test_misfits_are_named(cpp: ModuleType) -> None:
@@ -160,6 +177,9 @@ def test_misfits_are_named(cpp: ModuleType) -> None:
     two = torch.zeros(2, 64)
     with pytest.raises(ShapeError, match="divides the tokens"):
         cpp.transform(x, NO_STAGES, Prologue("norm", two, two, 1e-6))
+    for shift, scale in ((torch.zeros(5, 64), two[:1]), (two[:1], torch.zeros(5, 64))):  # each goes with the tokens
+        with pytest.raises(ShapeError, match=r"shift \(\d, 64\) and scale \(\d, 64\)"):
+            cpp.transform(x, NO_STAGES, Prologue("norm", shift, scale, 1e-6))
     with pytest.raises(ShapeError, match="scale is nothing"):
         cpp.transform(x, NO_STAGES, Prologue("norm", two[:1], None, 1e-6))
     with pytest.raises(ShapeError, match="cannot be added"):

@@ -24,6 +24,7 @@ SANITIZERS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-s
 SMOKE = """
 import ctypes, torch
 from tests.kernels.cases import make_input, make_stages, make_weight
+from trdq_core.errors import ShapeError
 from trdq_core.kernels import cpu, native, structures
 from trdq_core.kernels.types import Epilogue, Prologue
 assert native.unavailable_reason() is None, native.unavailable_reason()
@@ -32,19 +33,34 @@ for path in native.PATHS[: native.PATHS.index(native.path()) + 1]:
         for threads in (1, 2):
             torch.set_num_threads(threads)
             for tokens, width, out in ((1, 1, 1), (14, 96, 70), (37, 33, 129)):
-                x, mods = make_input(tokens, width), torch.zeros(1, width)
+                items = 2 if tokens % 2 == 0 else 1
+                x, mods = make_input(tokens, width), torch.zeros(items, width)
                 parts = {} if width % 96 else {"scale": True, "rotation": 48, "permute": True, "hadamard": 32, "second": 16}
                 stages = make_stages(width, **parts)
                 for bits, groups in ((8, 0), (4, 0), (4, 0 if width % 96 else 3)):
                     weight = make_weight(out, width, bits, groups=groups, zero_point=True)
                     for prologue in (None, Prologue("gelu"), Prologue("norm", mods, mods, 1e-6)):
+                        cpu.transform(x, stages, prologue)
                         levels = cpu.quantize_activation(x, stages, 8, False, prologue=prologue)
                         cpu.linear(levels, weight, torch.ones(out))
-                        cpu.linears_from_float(x, stages, [(weight, None)] * 2, 8, True, None, 1.0, prologue, None)
-                        cpu.linear_from_float(x, stages, weight, None, 8, True, epilogue=Epilogue(torch.ones(tokens, out)))
+                        added, gate = torch.ones(tokens, 2 * out), torch.ones(items, 2 * out)
+                        for epilogue in (None, Epilogue(added), Epilogue(added, gate)):
+                            y = cpu.linears_from_float(x, stages, [(weight, None)] * 2, 8, True, None, 1.0, prologue, epilogue)
+                            assert torch.equal(*y.split(out, 1))
+                if items == 2:
+                    try:
+                        cpu.transform(x, stages, Prologue("norm", mods, mods[:1], 1e-6))
+                        raise SystemExit("a scale for fewer items than the shift was taken")
+                    except ShapeError:
+                        pass
                 q, k = torch.randn(2, tokens, 3 * width), torch.randn(2, tokens + 5, 3 * width)
+                hidden = torch.full((2, 1, tokens, tokens + 5), float("-inf"))
+                hidden[:, :, 1:, 0] = 0
                 for attention in (0, 8):
                     cpu.attend(q, k, k, 3, torch.zeros(2, 1, 1, tokens + 5), attention)
+                    y = cpu.attend(q, k, k, 3, hidden, attention)
+                    assert not y[:, 0].any() and torch.equal(y, cpu.attend(q, k, k, 3, hidden == 0, attention))
+                    assert cpu.attend(q, k, k * float("nan"), 3, None, attention).isnan().all()
 print("clean", flush=True)
 x, y = torch.zeros(4, 1000), torch.zeros(3, 1000)
 rows = structures.Rows(x=x.data_ptr(), tokens=4, width=1000, item_rows=1, clip=1.0)
@@ -53,24 +69,26 @@ native.load().functions.trdq_transform(ctypes.byref(rows), y.data_ptr(), 1)
 
 
 def calls(cpp: ModuleType, rounds: int) -> None:
-    """Four entries of the library, `rounds` times, with everything fused."""
+    """Every entry of the library, `rounds` times, with everything fused; attention with both kinds of products."""
     x, weight = torch.randn(8, 64, generator=generator()), make_weight(64, 64, 8)
     stages, mods = make_stages(64, rotation=32, hadamard=32), torch.zeros(1, 64)
-    q = x[None]
+    q, visible = x[None], torch.ones(1, 1, 8, 8, dtype=torch.bool).tril(-1)
     for _ in range(rounds):
+        cpp.transform(x, stages, Prologue("gelu"))
         levels = cpp.quantize_activation(x, stages, 8, True)
         cpp.linear(levels, weight)
         cpp.linear_from_float(
             x, stages, weight, None, 8, True, prologue=Prologue("norm", mods, mods, 1e-6), epilogue=Epilogue(x, mods)
         )
         cpp.attend(q, q, q, 2)
+        cpp.attend(q, q, q, 2, visible, bits=8)
 
 
 def test_ten_thousand_calls_leak_nothing(cpp: ModuleType) -> None:
     """Resident memory after 10,000 calls is that after the first few, but for noise: 256 bytes a call would be seen."""
     calls(cpp, 200)
     before = psutil.Process().memory_info().rss
-    calls(cpp, 2500)
+    calls(cpp, 1700)
     assert psutil.Process().memory_info().rss - before < 2_000_000
 
 

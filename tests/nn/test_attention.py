@@ -216,6 +216,21 @@ def test_row_blocks_cover_every_row_once(monkeypatch: pytest.MonkeyPatch, budget
     assert torch.allclose(traced, expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("own_rows", [False, True])
+def test_a_row_that_sees_nothing_is_zero_in_shared_attention_too(own_rows: bool) -> None:
+    """As in torch's attention; NaN of the operands is not hidden by it."""
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 16).unbind()
+    mask = torch.zeros(2, HEADS, TOKENS if own_rows else 1, TOKENS)
+    mask[0, :, 0] = -math.inf
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
+    actual = attend(Map(q, k, mask), v)
+    assert torch.equal(actual[0, : 1 if own_rows else TOKENS].count_nonzero(), torch.tensor(0))
+    torch.testing.assert_close(actual, expected)
+    q[1, 0, 3, 2] = math.nan
+    assert bool(attend(Map(q, k, mask), v)[1, 3, 0].isnan().all())
+
+
 def test_foreign_attention_is_refused() -> None:
     attention, _ = make()
     with pytest.raises(RecipeError, match=r"blocks\.3: its attention \(SharedAttention\) cannot be shared"):

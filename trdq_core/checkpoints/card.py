@@ -62,7 +62,10 @@ def recipe_words(recipe: Recipe) -> list[str]:
         lines.append(f"Weights for {groups}: {where}.")
     if recipe.attention is not None:
         spec = recipe.attention
-        lines.append(f"Attention products with {spec.bits}-bit operands and {spec.softmax_bits}-bit probabilities.")
+        where = " where the CPU kernels run the attention, exact elsewhere" if spec.live else ""
+        lines.append(
+            f"Attention products with {spec.bits}-bit operands and {spec.softmax_bits}-bit probabilities{where}."
+        )
     if recipe.reconstruction is not None:
         lines.append(f"Rounding learnt over each {recipe.reconstruction.unit}.")
     if recipe.sharing is not None and recipe.sharing.active:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trdq_core.attention_products import apply_attention
+from trdq_core.attention_products import apply_attention, use_int8_attention
 from trdq_core.checkpoints.describe import conversion_of, plain_config, set_name
 from trdq_core.checkpoints.files import Checkpoint, dtype_name
 from trdq_core.checkpoints.manifest import InputEntry, Manifest
@@ -78,7 +78,10 @@ def activate(denoiser: nn.Module, manifest: Manifest) -> None:
             if isinstance(module, QuantizedLinear):
                 module.fit_backend()
         conversion.fused = fuse(denoiser)
-        if manifest.attention:
+        asked = manifest.recipe.attention
+        if asked is not None and asked.live:
+            conversion.attention = use_int8_attention(denoiser, conversion.layers, asked)
+        elif manifest.attention:
             conversion.attention = apply_attention(denoiser, _attention_grids(manifest), conversion.time)
         if manifest.recipe.sharing is not None:
             conversion.sharing = apply_sharing(denoiser, conversion.layers, manifest.recipe.sharing, conversion.time)

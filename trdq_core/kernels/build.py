@@ -1,14 +1,17 @@
 """Compiles the C++ kernels on first use into a per-user cache, and finds them there later.
 
-The library's name carries a hash of the sources, the compiler's version, the flags and the CPU's feature list, so a
-new version, compiler or machine builds anew and never loads a stale file. Two processes that build at once wait for
-each other at a file lock. Everything that can go wrong ends in `BuildFailed`, whose text is one plain sentence.
+The library's name carries a hash of the sources, the flags and the CPU's feature list, and one of the compiler's version,
+so a new version, compiler or machine builds anew and never loads a stale file. A note beside it holds its checksum: what
+was damaged or copied there is built again. torch's version is no part of the name, since the library calls nothing of
+torch. Where no compiler works, what another one has built from the same sources is taken. Two processes that build at once
+wait for each other at a file lock. Everything that can go wrong ends in `BuildFailed`, whose text is one plain sentence.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -19,7 +22,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trdq_core.cache import cache_root
 
@@ -44,16 +47,34 @@ class Library(NamedTuple):
     build_seconds: float  # of the build that made the file, in this process or an earlier one
 
 
-def find_or_build() -> Library:
-    """The library for these sources, this compiler and this CPU, compiled if it is not in the cache. Or BuildFailed."""
+def find_or_build(*, again: bool = False) -> Library:
+    """The library for these sources and this CPU, compiled if it is not in the cache or, on request, once more. Or BuildFailed.
+
+    Without a compiler that works, the cache may still have it from another one.
+    """
     if not sys.platform.startswith("linux"):
         raise BuildFailed(f"The C++ kernels are built on Linux only, and this is {sys.platform}.")
-    compiler = find_compiler()
-    version = _compiler_version(compiler)
-    path = cache_folder() / f"trdq-kernels-{_fingerprint(version)}.so"
-    if not path.exists():
-        _build_locked(compiler, version, path)
-    return _describe(path, version)
+    try:
+        compiler = find_compiler()
+        version = _compiler_version(compiler)
+        path = cache_folder() / f"{_stem()}-{_digest(version)}.so"
+        if again or not _intact(path):
+            _build_locked(compiler, version, path, again)
+    except BuildFailed:
+        found = None if again else _built_before()
+        if found is None:
+            raise
+        return found
+    return _describe(path)
+
+
+def _built_before() -> Library | None:
+    """The newest whole library of these sources in the cache, whatever compiler made it."""
+    try:
+        found = sorted(cache_folder().glob(f"{_stem()}-*.so"), key=lambda path: path.stat().st_mtime)
+    except OSError:
+        return None
+    return next((_describe(path) for path in reversed(found) if _intact(path)), None)
 
 
 def find_compiler() -> str:
@@ -90,14 +111,19 @@ def cpu_features() -> tuple[str, ...]:
     return tuple(name for name in CPU_FEATURES if name in present)
 
 
-def _fingerprint(compiler_version: str) -> str:
+def _stem() -> str:
+    """The name of the library but for the compiler's part."""
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         if source.suffix in (".cpp", ".h"):
             digest.update(source.name.encode() + b"\0" + source.read_bytes() + b"\0")
-    for part in (compiler_version, " ".join(_flags()), platform.machine(), " ".join(cpu_flags())):
+    for part in (" ".join(_flags()), platform.machine(), " ".join(cpu_flags())):
         digest.update(part.encode() + b"\0")
-    return digest.hexdigest()[:20]
+    return f"trdq-kernels-{digest.hexdigest()[:20]}"
+
+
+def _digest(compiler_version: str) -> str:
+    return hashlib.sha256(compiler_version.encode()).hexdigest()[:8]
 
 
 def _flags() -> tuple[str, ...]:
@@ -112,11 +138,11 @@ def _compiler_version(compiler: str) -> str:
     return answer.stdout.partition("\n")[0].strip()
 
 
-def _build_locked(compiler: str, version: str, path: Path) -> None:
+def _build_locked(compiler: str, version: str, path: Path, again: bool) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         with _file_lock(path.with_suffix(".lock")):
-            if not path.exists():
+            if again or not _intact(path):
                 _compile(compiler, version, path)
     except OSError as error:
         raise BuildFailed(
@@ -152,7 +178,8 @@ def _compile(compiler: str, version: str, path: Path) -> None:
     try:
         _run_compiler([compiler, *_flags(), str(SOURCES / MAIN_SOURCE), "-o", temporary])
         seconds = time.monotonic() - started
-        path.with_suffix(".json").write_text(json.dumps({"compiler": version, "build_seconds": round(seconds, 2)}))
+        notes = {"compiler": version, "build_seconds": round(seconds, 2), "sha256": _checksum(Path(temporary))}
+        path.with_suffix(".json").write_text(json.dumps(notes))
         os.replace(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -161,6 +188,8 @@ def _compile(compiler: str, version: str, path: Path) -> None:
 def _run_compiler(command: list[str]) -> None:
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_SECONDS, check=False)
+    except OSError as error:
+        raise BuildFailed(f"The compiler {command[0]} could not be started ({error.strerror or error}).") from error
     except subprocess.TimeoutExpired as error:
         raise BuildFailed(f"Compiling the C++ kernels took over {TIMEOUT_SECONDS:.0f} s and was stopped.") from error
     if answer.returncode != 0:
@@ -169,13 +198,34 @@ def _run_compiler(command: list[str]) -> None:
         raise BuildFailed(f"Compiling the C++ kernels failed with: {reason.strip().rstrip('.')}.")
 
 
-def _describe(path: Path, version: str) -> Library:
+def _intact(path: Path) -> bool:
+    """Whether the library is there as its build left it."""
     try:
-        notes = json.loads(path.with_suffix(".json").read_text())
+        return path.is_file() and _notes(path).get("sha256") == _checksum(path)
+    except OSError:
+        return False
+
+
+def _checksum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _notes(path: Path) -> dict[str, Any]:
+    """What the build wrote beside the library; empty where that cannot be read."""
+    try:
+        notes = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return notes if isinstance(notes, dict) else {}
+
+
+def _describe(path: Path) -> Library:
+    notes = _notes(path)
+    try:
         seconds = float(notes["build_seconds"])
-    except (OSError, ValueError, KeyError, TypeError):
-        seconds = float("nan")
-    return Library(path, version, seconds)
+    except (ValueError, KeyError, TypeError):
+        seconds = math.nan
+    return Library(path, str(notes.get("compiler", "unknown")), seconds)
 
 
 def _last_line(text: str) -> str:

@@ -101,7 +101,7 @@ def linears_from_float(
     epilogue: Epilogue | None = None,
 ) -> Tensor:
     """(tokens, all out_features) float32 for x of (tokens, in_features): the products with weights that read the same
-    rows side by side, quantized once. No levels are allocated. An epilogue goes with one weight.
+    rows side by side, quantized once. No levels are allocated. An epilogue has the columns of all products.
     """
     x, stages, prologue = _plain(x, torch.float32), _plain_stages(stages), _plain_prologue(prologue)
     plain = [(_plain_weight(weight), _maybe_plain(bias, torch.float32)) for weight, bias in weights]

@@ -15,7 +15,7 @@ from trdq_core.errors import BackendUnavailable, ShapeError
 from trdq_core.kernels import calls, native, operators, torch_eager
 from trdq_core.kernels.native import unavailable_reason
 from trdq_core.kernels.packing import in_rows, pack_weight, unpack_weight
-from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
+from trdq_core.kernels.surroundings import added_to_scores, apply_epilogue, apply_prologue
 from trdq_core.kernels.types import (
     NO_STAGES,
     Epilogue,
@@ -136,10 +136,14 @@ def linears_from_float(
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None, bits: int = 0) -> Tensor:
-    """softmax(q k^T / sqrt(width) + mask) v, (items, rows, heads * width) float32; see `calls.attend`."""
-    for part in (q, k, v):
+    """softmax(q k^T / sqrt(width) + mask) v, (items, rows, heads * width) float32; see `calls.attend`.
+
+    The mask is added, or one of bool where True takes part. A row that sees no key is 0; what is not finite stays so.
+    """
+    for part in (q, k, v) if mask is None else (q, k, v, mask):
         _check_cpu(part)
     check_heads(q, k, v, heads, mask)
+    mask = None if mask is None else added_to_scores(mask, torch.float32)
     return calls.attend(native.load().functions, q, k, v, heads, mask, bits)
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "BACKENDS",
     "Backend",
     "describe",
+    "int8_attention_name",
     "is_simulated",
     "kernel_name",
     "linear",
@@ -198,6 +199,11 @@ def kernel_name(
     if backend == "cpp" and cpu.fits_panels(in_features, group_size):
         return f"{storage} {_PATH_NAMES.get(native.path(), 'unavailable')}{levels}"
     return f"torch {'_int_mm' if _integer_product(device) else 'float32 (dequantized)'}{levels}"
+
+
+def int8_attention_name() -> str:
+    """What multiplies the int8 products of the C++ attention, in words for a report."""
+    return f"int8 attention {_PATH_NAMES.get(native.path(), 'unavailable')}"
 
 
 def is_simulated(backend: Backend, device: str = "cpu", *, in_features: int = 64, group_size: int = 0) -> bool:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, get_args
 from trdq_core.errors import BackendUnavailable
 from trdq_core.kernels import build, selftest
 
-ABI_VERSION = 4  # 4: times of the phases
+ABI_VERSION = 5  # 5: wall times of the phases; a residual has the columns of all weights
 Path = Literal["portable", "avx2", "avx512-vnni"]
 PATHS: tuple[Path, ...] = get_args(Path)  # in the order of the library's own numbers
 
@@ -97,23 +97,43 @@ def _load_locked() -> tuple[Native | None, str | None]:
 
 def _build_open_test() -> tuple[Native | None, str | None]:
     try:
-        library = build.find_or_build()
-        functions = _open(library)
+        library, functions = _find_and_open()
     except build.BuildFailed as error:
         return None, str(error)
     failure = selftest.failure(functions)
     return (Native(functions, library), None) if failure is None else (None, failure)
 
 
-def _open(library: build.Library) -> ctypes.CDLL:
+def _find_and_open() -> tuple[build.Library, ctypes.CDLL]:
+    library = build.find_or_build()
     try:
         functions = ctypes.CDLL(str(library.path))
+    except OSError:  # built where other libraries are, for one: built here it may load
+        try:
+            library = build.find_or_build(again=True)
+        except build.BuildFailed as error:
+            raise build.BuildFailed(
+                f"The compiled kernels {library.path} do not load, and building them again failed: {error}"
+            ) from error
+        functions = _loaded_file(library)
+    return library, _with_signatures(library, functions)
+
+
+def _loaded_file(library: build.Library) -> ctypes.CDLL:
+    try:
+        return ctypes.CDLL(str(library.path))
+    except OSError as error:
+        raise build.BuildFailed(f"The compiled kernels {library.path} do not load: {error}.") from error
+
+
+def _with_signatures(library: build.Library, functions: ctypes.CDLL) -> ctypes.CDLL:
+    try:
         for name, arguments in _SIGNATURES.items():
             function = getattr(functions, name)
             function.argtypes, function.restype = arguments, c_int
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:
         raise build.BuildFailed(
-            f"The compiled kernels {library.path} do not load: {error}; remove the file."
+            f"The compiled kernels {library.path} are of another version ({error}); remove the file."
         ) from error
     if functions.trdq_abi_version() != ABI_VERSION:
         raise build.BuildFailed(f"The compiled kernels {library.path} are of another version; remove the file.")

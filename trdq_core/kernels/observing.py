@@ -57,8 +57,8 @@ def observed(on_call: Callable[[Call], None]) -> Iterator[None]:
 def timed_phases() -> Iterator[Callable[[], dict[str, float]]]:
     """Have the library time its phases; the function given back tells milliseconds of wall time so far, by phase.
 
-    Times of threads are divided by their number: of work that keeps all of them busy that is wall time. Nothing without the
-    library.
+    The wall time of each product, transform or attention is split as its team of threads, however large, spent it; together
+    the phases are the time of the calls without what Python adds. Nothing without the library.
     """
     loaded = native.loaded()
     if loaded is None:
@@ -69,8 +69,7 @@ def timed_phases() -> Iterator[Callable[[], dict[str, float]]]:
     def read() -> dict[str, float]:
         found = (ctypes.c_int64 * len(PHASES))()
         functions.trdq_phases(found)
-        threads = torch.get_num_threads()
-        return {name: value / 1e6 / threads for name, value in zip(PHASES, found, strict=True)}
+        return {name: value / 1e6 for name, value in zip(PHASES, found, strict=True)}
 
     functions.trdq_measure(1)
     try:

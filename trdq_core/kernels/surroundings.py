@@ -27,8 +27,18 @@ def apply_epilogue(product: Tensor, epilogue: Epilogue) -> Tensor:
     return added.to(product.dtype) + product
 
 
+def added_to_scores(mask: Tensor, dtype: torch.dtype) -> Tensor:
+    """A mask as something to add to the scores: one of bool, where True takes part, as 0 and -inf in `dtype`."""
+    if mask.dtype is not torch.bool:
+        return mask
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None = None) -> Tensor:
-    """softmax(q k^T / sqrt(width) + mask) v in the dtype of q; q (items, rows, heads * width), mask as of torch's attention."""
+    """softmax(q k^T / sqrt(width) + mask) v in the dtype of q; q (items, rows, heads * width), mask as of torch's attention.
+
+    A row that sees no key is 0, as torch has it.
+    """
     parts = [part.unflatten(-1, (heads, -1)).transpose(1, 2) for part in (q, k, v)]
     return functional.scaled_dot_product_attention(*parts, attn_mask=mask).transpose(1, 2).flatten(2)
 
@@ -43,9 +53,13 @@ def attend_int8(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None
     key = key - key.mean(2, keepdim=True)
     scores = _rounded(query, -1) @ _rounded(key, -1).mT * query.shape[-1] ** -0.5
     if mask is not None:
-        scores = scores + mask
-    levels = torch.round(255 * torch.exp(scores - scores.amax(-1, keepdim=True)))
-    return ((levels @ _rounded(value, -2)) / levels.sum(-1, keepdim=True)).transpose(1, 2).flatten(2).float()
+        scores = scores + added_to_scores(mask, torch.float64)
+    top = scores.amax(-1, keepdim=True).clamp_min(
+        torch.finfo(torch.float64).min
+    )  # a row that sees nothing has no levels
+    levels = torch.round(255 * torch.exp(scores - top))
+    total = levels.sum(-1, keepdim=True).clamp_min(1)
+    return ((levels @ _rounded(value, -2)) / total).transpose(1, 2).flatten(2).float()
 
 
 def _rounded(x: Tensor, axis: int) -> Tensor:

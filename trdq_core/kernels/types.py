@@ -131,13 +131,19 @@ def check_prologue(x: Tensor, prologue: Prologue | None) -> None:
     """Raises ShapeError where rows x (tokens, channels) do not go with the shift and scale of a prologue."""
     if prologue is None or prologue.kind == "gelu":
         return
-    for name, part in (("shift", prologue.shift), ("scale", prologue.scale)):
+    shift, scale = prologue.shift, prologue.scale
+    for name, part in (("shift", shift), ("scale", scale)):
         if part is None or part.dim() != 2 or part.shape[1] != x.shape[1] or not _items_fit(x, part):
             found = "nothing" if part is None else str(tuple(part.shape))
             raise ShapeError(
                 f"the norm's {name} is {found}; {x.shape[0]} tokens of {x.shape[1]} channels need "
                 f"(items, {x.shape[1]}) with a number of items that divides the tokens."
             )
+    assert shift is not None and scale is not None  # seen above
+    if shift.shape != scale.shape:
+        raise ShapeError(
+            f"the norm has shift {tuple(shift.shape)} and scale {tuple(scale.shape)}; give both for the same items."
+        )
 
 
 def check_epilogue(tokens: int, out_features: int, epilogue: Epilogue | None) -> None:
@@ -158,6 +164,10 @@ def check_heads(q: Tensor, k: Tensor, v: Tensor, heads: int, mask: Tensor | None
         shapes = ", ".join(str(tuple(part.shape)) for part in (q, k, v))
         raise ShapeError(f"attention of {heads} heads: queries, keys and values of {shapes} do not belong together.")
     sizes = (q.shape[0], heads, q.shape[1], k.shape[1])
+    if mask is not None and not (mask.is_floating_point() or mask.dtype is torch.bool):
+        raise ShapeError(
+            f"the attention mask is {mask.dtype}; give floats that are added to the scores, or bool where True takes part."
+        )
     if mask is not None and (
         mask.dim() != 4
         or mask.shape[3] != sizes[3]

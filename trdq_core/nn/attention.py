@@ -14,6 +14,7 @@ from torch.nn import functional
 
 from trdq_core import branches
 from trdq_core.errors import RecipeError, ShapeError
+from trdq_core.kernels.surroundings import added_to_scores
 from trdq_core.kernels.types import QuantizedActivation
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.timegroups import TimeContext, TimeGroups
@@ -66,10 +67,15 @@ def map_blocks(source: Map) -> Iterator[tuple[int, int, slice, Tensor]]:
                 part = slice(start, min(start + step, rows))
                 scores = buffer[: part.stop - start]
                 torch.mm(queries[part], columns, out=scores)
-                if mask is not None:
+                if mask is None:
+                    torch.softmax(scores, -1, out=scores)
+                else:
                     bias = mask[item, head]
-                    scores += bias[part] if bias.shape[0] > 1 else bias
-                torch.softmax(scores, -1, out=scores)
+                    bias = bias[part] if bias.shape[0] > 1 else bias
+                    scores += bias
+                    torch.softmax(scores, -1, out=scores)
+                    # A row that sees nothing: 0 as in torch's attention, where softmax alone has NaN.
+                    scores.masked_fill_((bias == -torch.inf).all(-1, keepdim=True), 0.0)
                 yield item, head, part, scores
 
 
@@ -146,9 +152,7 @@ def additive_mask(attention: nn.Module, mask: Tensor | None, x: Tensor) -> Tenso
         return None
     prepared = attention.prepare_attention_mask(mask, x.shape[1], x.shape[0])
     prepared = prepared.view(x.shape[0], attention.heads, -1, prepared.shape[-1])
-    if prepared.dtype is not torch.bool:
-        return prepared
-    return torch.zeros(prepared.shape, dtype=x.dtype, device=x.device).masked_fill(~prepared, float("-inf"))
+    return added_to_scores(prepared, x.dtype)
 
 
 def same_mask(a: Tensor | None, b: Tensor | None) -> bool:

@@ -97,11 +97,14 @@ class FusedAttention:
     """The processor of a plain attention with quantized projections: q, k and v in one product, then the attention.
 
     Queries, keys and values stay where the product left them, so no head is copied into place. The attention itself is that
-    of C++ in float32, which differs from torch's by rounding alone; beside Triton's products it is torch's own.
+    of C++: with `bits` 0 in float32, which differs from torch's by rounding alone, with 8 the kernel with int8 products, and
+    `int8_calls` tells how often that ran. Beside Triton's products it is torch's own.
     """
 
     def __init__(self, plain: Callable[..., Tensor]) -> None:
         self.plain = plain
+        self.bits = 0
+        self.int8_calls = 0
 
     def __call__(
         self,
@@ -137,8 +140,13 @@ class FusedAttention:
             (q,) = _side_by_side((attn.to_q,), x, around.prologue)
             k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
             source = context
-        attention = cpu.attend if attn.to_q.input_quantizer.backend == "cpp" else torch_attend
-        heads = attention(q, k, v, attn.heads, additive_mask(attn, mask, source))
+        mask = additive_mask(attn, mask, source)
+        if attn.to_q.input_quantizer.backend == "cpp":
+            bits = self.bits if k.shape[1] <= cpu.MAX_IN_FEATURES else 0  # more would not fit the integer sums
+            self.int8_calls += bits == 8
+            heads = cpu.attend(q, k, v, attn.heads, mask, bits)
+        else:
+            heads = torch_attend(q, k, v, attn.heads, mask)
         return product((attn.to_out[0],), heads, None, around.epilogue)
 
 

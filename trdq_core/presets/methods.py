@@ -174,6 +174,10 @@ def _tr_dq(w: int, a: int) -> Ingredients:
     return Ingredients((rule(per_channel(w), per_token(a), smooth, *DUAL),))
 
 
+def _tr_dq_int8_attention(w: int, a: int) -> Ingredients:
+    return _tr_dq(w, a)._replace(attention=AttentionSpec(live=True))
+
+
 def _tr_dq_release_opensora(w: int, a: int) -> Ingredients:
     return _tr_dq(w, a)._replace(time=TimeGroupSpec(count=20))
 
@@ -280,6 +284,10 @@ METHODS: dict[str, Method] = {
         Method(
             "tr-dq", "Smoothing, two greedy rotations and a permutation, fitted for each group of timesteps.",
             "arXiv 2503.06564", _tr_dq, time_grouped=True,
+        ),
+        Method(
+            "tr-dq-int8-attention", "TR-DQ with int8 attention products too, where the CPU kernels run the attention.",
+            "arXiv 2503.06564", _tr_dq_int8_attention, time_grouped=True,
         ),
         Method(
             "tr-dq-plus", "Ours: searched smoothing, permutation and Hadamard for each time group, clip search, GPTQ.",

@@ -153,7 +153,9 @@ class SharingSpec(Spec):
 class AttentionSpec(Spec):
     """Quantized products of attention, queries with keys and softmax with values: static grids, one for each head.
 
-    "twin_region" gives the softmax two steps, fine below a threshold and coarse above (TQ-DiT, after PTQ4ViT).
+    "twin_region" gives the softmax two steps, fine below a threshold and coarse above (TQ-DiT, after PTQ4ViT). `live` takes
+    scales of the live operands instead, a token or channel each (SageAttention, arXiv 2410.02367): the int8 kernel of the
+    CPU's fused attention multiplies them; attention that is not fused stays exact.
     """
 
     bits: int = 8  # of queries, keys and values
@@ -161,6 +163,7 @@ class AttentionSpec(Spec):
     softmax_grid: Literal["uniform", "twin_region"] = "uniform"
     per_time_group: bool = False  # thresholds of the softmax grid for each time group (TQ-DiT)
     cross: bool = True  # cross-attention too
+    live: bool = False  # real int8 products where the attention is fused; nothing is calibrated or simulated
 
     def __post_init__(self) -> None:
         for label, bits in (("bits", self.bits), ("softmax_bits", self.softmax_bits)):
@@ -170,6 +173,11 @@ class AttentionSpec(Spec):
         if self.per_time_group and self.softmax_grid != "twin_region":
             raise RecipeError(
                 'attention per_time_group: it is for softmax_grid "twin_region", whose threshold then moves.'
+            )
+        if self.live and (self.bits, self.softmax_bits, self.softmax_grid) != (8, 8, "uniform"):
+            raise RecipeError(
+                f"attention live: got {self.bits} bits and {self.softmax_bits}-bit {self.softmax_grid} softmax; the kernel "
+                "takes bits 8, softmax_bits 8 and softmax_grid uniform."
             )
 
 
@@ -256,6 +264,11 @@ class Recipe(Spec):
     def quantized(self) -> bool:
         """Whether any rule quantizes anything."""
         return any(rule.weight is not None for rule in self.rules)
+
+    @property
+    def simulated_attention(self) -> bool:
+        """Whether attention products are computed in floating point on static grids, which are calibrated."""
+        return self.attention is not None and not self.attention.live
 
     @property
     def fitted(self) -> bool:

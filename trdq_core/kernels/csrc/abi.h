@@ -45,7 +45,7 @@ struct trdq_weight {
   int64_t ldy;
 };
 
-// y = added + gate * product; see Residual in common.h.
+// y = added + gate * product, for the products of all weights side by side; see Residual in common.h.
 struct trdq_residual {
   const float* added;
   int64_t ld_added;

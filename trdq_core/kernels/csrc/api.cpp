@@ -33,7 +33,8 @@ int quantize_and_multiply(const trdq_rows& input, const trdq_weight* weights, in
     const int64_t present = std::min(rows, input.tokens - first);
     int status = quantize(stages, input.x + first * input.width, first, present, input.width, make_request(input),
                           levels, threads);
-    for (int64_t i = 0; i < count && status == kOk; i++) {
+    int64_t column = 0;  // where the weight's columns begin among those of all weights
+    for (int64_t i = 0; i < count && status == kOk; column += weights[i].out_features, i++) {
       Product p = make_product(weights[i]);
       if (p.task.columns == 0) continue;
       p.task.a = levels.values;
@@ -43,7 +44,8 @@ int quantize_and_multiply(const trdq_rows& input, const trdq_weight* weights, in
       p.task.rows = present;
       p.task.y += first * p.task.ldy;
       if (residual != nullptr) {
-        p.task.residual = {residual->added, residual->ld_added, residual->gate, residual->ld_gate, residual->item_rows,
+        const float* gate = residual->gate == nullptr ? nullptr : residual->gate + column;
+        p.task.residual = {residual->added + column, residual->ld_added, gate, residual->ld_gate, residual->item_rows,
                            first};
       }
       status = run_product(p, threads);
@@ -78,7 +80,7 @@ TRDQ_EXPORT int trdq_measure(int on) {
   return trdq::kOk;
 }
 
-// Nanoseconds of each phase since then, added up over threads, in the order of `Phase`.
+// Nanoseconds of wall time of each phase since then, in the order of `Phase`.
 TRDQ_EXPORT int trdq_phases(int64_t* nanoseconds) {
   for (int i = 0; i < trdq::kPhases; i++) nanoseconds[i] = trdq::phase_time[i];
   return trdq::kOk;
@@ -125,7 +127,7 @@ TRDQ_EXPORT int trdq_linear(const uint8_t* values, const float* scale, const flo
   return trdq::run_product(product, threads);
 }
 
-// The two above in one, for some weights that read the same rows. The residual, if any, goes onto every product.
+// The two above in one, for some weights that read the same rows. The residual, if any, has the columns of all products.
 TRDQ_EXPORT int trdq_linears_from_float(const trdq_rows* rows, const trdq_weight* weights, int64_t count,
                                         const trdq_residual* residual, int threads) {
   for (int64_t i = 0; i < count; i++) {

@@ -6,6 +6,8 @@
 // SageAttention (arXiv 2410.02367), with 8-bit probabilities.
 #pragma once
 
+#include <limits>
+
 #include "abi.h"
 #include "runtime.h"
 
@@ -118,7 +120,10 @@ void attend_rows(const trdq_attention& a, const Head& head, int64_t first, int64
                  m.factors, m.scores + key, ld);
   }
   add_mask(a, head, first, rows, m.scores, ld);
-  for (int64_t r = 0; r < rows; r++) m.factors[r] = 1.0f / ops.exponentials(m.scores + r * ld, a.keys);
+  for (int64_t r = 0; r < rows; r++) {
+    const float sum = ops.exponentials(m.scores + r * ld, a.keys);
+    m.factors[r] = sum == 0.0f ? 0.0f : 1.0f / sum;  // 0: the row sees no key, and becomes 0 as in torch
+  }
   for (int64_t start = 0; start < a.width; start += kRotationPanel) {
     ops.multiply(m.scores, ld, rows, m.values + start * a.keys, a.keys, std::min(kRotationPanel, a.width - start),
                  m.factors, head.y + first * a.y.row_stride + start, a.y.row_stride);
@@ -127,10 +132,18 @@ void attend_rows(const trdq_attention& a, const Head& head, int64_t first, int64
 
 // ---- int8 -------------------------------------------------------------------------------------------------------
 
-// Symmetric levels of one row, stored + 128; returns their scale.
+// Symmetric levels of one row, stored + 128; returns their scale: NaN where the row is not finite, so that no score of it
+// looks like a number.
 float quantize_row(const float* x, int64_t n, int64_t padded, uint8_t* levels, int32_t* sum) {
   float low, high;
   row_ops().range(x, n, &low, &high);
+  uint32_t lost = 0;
+  for (int64_t i = 0; i < n; i++) lost |= !(std::fabs(x[i]) <= std::numeric_limits<float>::max());
+  if (lost != 0) {
+    *sum = static_cast<int32_t>(128 * n);
+    std::memset(levels, 128, padded);
+    return std::numeric_limits<float>::quiet_NaN();
+  }
   const float scale = std::max(std::max(-low, high), 1e-12f) / 127.0f;
   *sum = row_ops().quantize(x, n, {scale, 128, 1, 255}, levels);
   std::memset(levels + n, 128, padded - n);
@@ -180,7 +193,7 @@ void attend_rows_int8(const trdq_attention& a, const Head& head, int64_t first, 
   for (int64_t r = 0; r < rows; r++) {
     const int32_t sum = head_ops().probabilities(m.scores + r * ld, a.keys, m.p + r * quads);
     std::memset(m.p + r * quads + a.keys, 0, quads - a.keys);
-    m.factors[r] = 1.0f / static_cast<float>(sum);
+    m.factors[r] = sum > 0 ? 1.0f / static_cast<float>(sum) : sum == 0 ? 0.0f : std::numeric_limits<float>::quiet_NaN();
   }
   for (int64_t start = 0; start < a.width; start += kPanel) {
     panel_ops().product({m.p, rows, quads, a.keys, m.factors, m.p_zero, m.row_sum, m.v_panels + start * quads,
@@ -200,6 +213,7 @@ int attend(const trdq_attention& a, int threads) {
   if (!attention_fits(a)) return kBadArgument;
   const int64_t pairs = a.items * a.heads;
   if (pairs == 0 || a.rows == 0) return kOk;
+  Region region;
   const int64_t by_cache = kScoreBytes / (rounded(a.keys, kPanel) * static_cast<int64_t>(sizeof(float))) / 12 * 12;
   const int64_t rows = std::min(std::clamp<int64_t>(by_cache, 12, kHeadRows), a.rows);
   const int64_t blocks = ceil_div(a.rows, rows);
@@ -219,7 +233,7 @@ int attend(const trdq_attention& a, int threads) {
         status = kNoMemory;
         continue;
       }
-      Stopwatch watch;
+      Stopwatch watch(region);
       const int64_t pair = task / cuts, cut = task % cuts;
       const Head head = head_of(a, pair / a.heads, pair % a.heads);
       a.bits == 0 ? pack_head(a, head, m) : pack_head_int8(a, head, m);

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "avx512_base.h"
+#include "portable.h"
 
 #ifdef TRDQ_X86
 namespace trdq {
@@ -65,9 +66,9 @@ TRDQ_AVX512 inline void multiply(const float* x, int64_t ldx, int64_t rows, cons
   dense_rows<1, false>(x, ldx, rows, nullptr, dense, y, ldy);
 }
 
-// e^x to about one unit in the last place; 0 far below. Polynomial of Cephes on |x - n ln 2| <= ln 2 / 2.
+// e^x to about one unit in the last place; 0 far below, NaN for NaN: min and max return their second operand there. Polynomial of Cephes on |x - n ln 2| <= ln 2 / 2.
 TRDQ_INLINE __m512 exponential(__m512 x) {
-  x = _mm512_min_ps(_mm512_max_ps(x, _mm512_set1_ps(-104.0f)), _mm512_set1_ps(88.0f));
+  x = _mm512_min_ps(_mm512_set1_ps(88.0f), _mm512_max_ps(_mm512_set1_ps(-104.0f), x));
   const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
   __m512 r = _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fmadd_ps(whole, _mm512_set1_ps(2.12194440e-4f), r);
@@ -128,7 +129,12 @@ TRDQ_AVX512 inline float exponentials(float* x, int64_t n) {
   for (int64_t i = 0, j = 0; i < n; i += 16, j ^= 1) {
     tops[j] = _mm512_max_ps(tops[j], _mm512_mask_loadu_ps(least, tail_mask(n - i), x + i));
   }
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(tops[0], tops[1])));
+  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(tops[0], tops[1]));
+  if (portable::hidden(x, n, largest)) {
+    std::memset(x, 0, n * sizeof(float));
+    return 0.0f;
+  }
+  const __m512 top = _mm512_set1_ps(largest);
   __m512 sums[2] = {};
   for (int64_t i = 0, j = 0; i < n; i += 16, j ^= 1) {
     const __mmask16 mask = tail_mask(n - i);
@@ -145,16 +151,23 @@ TRDQ_AVX512 inline int32_t probabilities(const float* x, int64_t n, uint8_t* lev
   for (int64_t i = 0, j = 0; i < n; i += 16, j ^= 1) {
     tops[j] = _mm512_max_ps(tops[j], _mm512_mask_loadu_ps(least, tail_mask(n - i), x + i));
   }
-  const __m512 top = _mm512_set1_ps(_mm512_reduce_max_ps(_mm512_max_ps(tops[0], tops[1])));
+  const float largest = _mm512_reduce_max_ps(_mm512_max_ps(tops[0], tops[1]));
+  if (portable::hidden(x, n, largest)) {
+    std::memset(levels, 0, n);
+    return 0;
+  }
+  const __m512 top = _mm512_set1_ps(largest);
   __m512i sum = _mm512_setzero_si512();
+  __mmask16 lost = 0;
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = tail_mask(n - i);
     const __m512 e = exponential(_mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), top));
     const __m512i level = _mm512_cvtps_epi32(_mm512_mul_ps(e, _mm512_set1_ps(255.0f)));
     _mm_mask_storeu_epi8(levels + i, mask, _mm512_cvtepi32_epi8(level));
     sum = _mm512_mask_add_epi32(sum, mask, sum, level);
+    lost |= _mm512_mask_cmp_ps_mask(mask, e, e, _CMP_UNORD_Q);
   }
-  return _mm512_reduce_add_epi32(sum);
+  return lost != 0 ? -1 : _mm512_reduce_add_epi32(sum);
 }
 
 // Sixteen columns of four keys at a time: four rows of levels become one register of quads.
@@ -165,10 +178,13 @@ TRDQ_AVX512 inline void pack_values(const float* v, int64_t ldv, int64_t keys, i
   for (int64_t c = 0; c < (width + 63) / 64 * 64; c += 16) {
     const __mmask16 mask = tail_mask(width - c);
     __m512 top = _mm512_set1_ps(1e-12f);
+    __mmask16 lost = 0;
     for (int64_t key = 0; key < keys; key++) {
-      top = _mm512_max_ps(_mm512_abs_ps(_mm512_maskz_loadu_ps(mask, v + key * ldv + c)), top);
+      const __m512 size = _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, v + key * ldv + c));
+      top = _mm512_max_ps(size, top);
+      lost |= _mm512_cmp_ps_mask(size, _mm512_set1_ps(INFINITY), _CMP_NLT_UQ);
     }
-    top = _mm512_div_ps(top, _mm512_set1_ps(127.0f));
+    top = _mm512_mask_mov_ps(_mm512_div_ps(top, _mm512_set1_ps(127.0f)), lost, _mm512_set1_ps(NAN));
     _mm512_mask_storeu_ps(scale + c, mask, top);
     int8_t* to = panels + (c / kPanel * quads * kPanel + c % kPanel) * 4;
     for (int64_t quad = 0; quad < quads; quad++) {

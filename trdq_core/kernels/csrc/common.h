@@ -50,7 +50,7 @@ struct RowOps {
   void (*gelu)(const float* x, float* y, int64_t n);
   // Layer norm of one row, then (1 + scale) * that + shift.
   void (*modulated_norm)(const float* x, const float* scale, const float* shift, float epsilon, float* y, int64_t n);
-  // x = exp(x - max), in place; returns the sum.
+  // x = exp(x - max), in place; returns the sum: 0 where every x is -inf, NaN where one is NaN.
   float (*exponentials)(float* x, int64_t n);
   // y (rows x columns) = x (rows x depth) times one panel [depth][kRotationPanel]; columns 1..kRotationPanel. Each row
   // is multiplied by its factor where there are factors.
@@ -72,9 +72,10 @@ struct Residual {
 struct HeadOps {
   // panel [width][columns] = x^T for x rows x width, rows <= columns; columns past `rows` become 0.
   void (*transpose)(const float* x, int64_t ldx, int64_t rows, int64_t width, float* panel, int64_t columns);
-  // Levels round(255 exp(x - max)); returns their sum.
+  // Levels round(255 exp(x - max)); returns their sum: 0 where every x is -inf, -1 where one is NaN.
   int32_t (*probabilities)(const float* x, int64_t n, uint8_t* levels);
-  // Symmetric levels of each column of v (keys x width) as weight panels [ceil(keys / 4)][64][4], and their scales.
+  // Symmetric levels of each column of v (keys x width) as weight panels [ceil(keys / 4)][64][4], and their scales:
+  // NaN for a column that is not finite.
   void (*pack_values)(const float* v, int64_t ldv, int64_t keys, int64_t width, float* scale, int8_t* panels);
 };
 

@@ -83,7 +83,7 @@ TRDQ_PLAIN int32_t quantize(const float* x, int64_t n, const Grid& grid, uint8_t
   return sum;
 }
 
-// e^x to about one unit in the last place, 0 below -87.3; written so that compilers find its vector form. Cephes' polynomial.
+// e^x to about one unit in the last place, 0 below -87.3, NaN for NaN; written so that compilers find its vector form. Cephes' polynomial.
 TRDQ_PLAIN float exponential(float x) {
   const float clipped = x > -87.3f ? (x < 88.0f ? x : 88.0f) : -87.3f, magic = 12582912.0f;
   const float whole = (clipped * 1.44269504f + magic) - magic;
@@ -98,7 +98,7 @@ TRDQ_PLAIN float exponential(float x) {
   const int32_t bits = (static_cast<int32_t>(whole) + 127) << 23;
   float power;
   std::memcpy(&power, &bits, sizeof power);
-  return x > -87.3f ? p * power : 0.0f;
+  return x > -87.3f ? p * power : x == x ? 0.0f : x;
 }
 
 TRDQ_PLAIN void gelu(const float* x, float* y, int64_t n) {
@@ -118,8 +118,21 @@ TRDQ_PLAIN void modulated_norm(const float* x, const float* scale, const float* 
   for (int64_t i = 0; i < n; i++) y[i] = (x[i] - mean) * inverse * (1.0f + scale[i]) + shift[i];
 }
 
+// Whether a row whose largest number is `top` holds nothing but -inf. NaN is no largest number, so the row is looked at.
+TRDQ_PLAIN bool hidden(const float* x, int64_t n, float top) {
+  if (top != -INFINITY) return false;
+  for (int64_t i = 0; i < n; i++) {
+    if (x[i] != -INFINITY) return false;
+  }
+  return true;
+}
+
 TRDQ_PLAIN float exponentials(float* x, int64_t n) {
   const float top = *std::max_element(x, x + n);
+  if (hidden(x, n, top)) {
+    std::fill(x, x + n, 0.0f);
+    return 0.0f;
+  }
   for (int64_t i = 0; i < n; i++) x[i] = exponential(x[i] - top);
   float sum = 0.0f;
   for (int64_t i = 0; i < n; i++) sum += x[i];
@@ -156,13 +169,19 @@ TRDQ_PLAIN void transpose(const float* x, int64_t ldx, int64_t rows, int64_t wid
 
 TRDQ_PLAIN int32_t probabilities(const float* x, int64_t n, uint8_t* levels) {
   const float top = *std::max_element(x, x + n), magic = 12582912.0f;
-  int32_t sum = 0;
+  if (hidden(x, n, top)) {
+    std::memset(levels, 0, n);
+    return 0;
+  }
+  int32_t sum = 0, lost = 0;
   for (int64_t i = 0; i < n; i++) {
-    const int32_t level = static_cast<int32_t>((255.0f * exponential(x[i] - top) + magic) - magic);
+    const float e = exponential(x[i] - top);
+    const int32_t level = static_cast<int32_t>((255.0f * (e == e ? e : 0.0f) + magic) - magic);
     levels[i] = static_cast<uint8_t>(level);
     sum += level;
+    lost |= e != e;
   }
-  return sum;
+  return lost ? -1 : sum;
 }
 
 TRDQ_PLAIN void column_scales(const float* v, int64_t ldv, int64_t keys, int64_t width, float* scale) {
@@ -170,7 +189,9 @@ TRDQ_PLAIN void column_scales(const float* v, int64_t ldv, int64_t keys, int64_t
   for (int64_t key = 0; key < keys; key++) {
     for (int64_t c = 0; c < width; c++) {
       const float size = std::fabs(v[key * ldv + c]);
+      // What is not finite makes a NaN, which then stays: it is less than nothing.
       scale[c] = scale[c] < size ? size : scale[c];
+      scale[c] = size < INFINITY ? scale[c] : NAN;
     }
   }
   for (int64_t c = 0; c < width; c++) scale[c] /= 127.0f;
@@ -187,7 +208,7 @@ TRDQ_PLAIN void pack_values(const float* v, int64_t ldv, int64_t keys, int64_t w
     for (int64_t key = 0; key < keys; key++) {
       for (int64_t c = 0; c < count; c++) {
         const float level = (v[key * ldv + start + c] / scale[start + c] + magic) - magic;
-        panel[(key / 4 * kPanel + c) * 4 + key % 4] = static_cast<int8_t>(static_cast<int32_t>(level));
+        panel[(key / 4 * kPanel + c) * 4 + key % 4] = static_cast<int8_t>(level == level ? static_cast<int32_t>(level) : 0);
       }
     }
   }

@@ -89,6 +89,7 @@ int64_t block_rows(const PanelTask& all, int64_t panels, int threads) {
 }
 
 int run_product(const Product& p, int threads) {
+  Region region;
   const PanelTask& all = p.task;
   const int64_t panels = ceil_div(all.columns, kPanel);
   threads = team(threads, all.rows * all.columns * all.depth, kProductGrain, panels * ceil_div(all.rows, kTileRows));
@@ -104,7 +105,7 @@ int run_product(const Product& p, int threads) {
     int64_t held = -1;  // the panel whose bytes `memory` holds
 #pragma omp for schedule(dynamic, 1)
     for (int64_t index = 0; index < panels * blocks; index++) {
-      Stopwatch watch;
+      Stopwatch watch(region);
       const int64_t panel = index / blocks, first = index % blocks * rows;
       if (!ready) {
 #pragma omp atomic write

@@ -164,6 +164,7 @@ int for_each_tile(Stages stages, const float* x, int64_t begin, int64_t tokens, 
                   const Sink& sink) {
   if (!stages_fit(stages, begin + tokens, width)) return kBadArgument;
   if (tokens == 0 || width == 0) return kOk;
+  Region region;
   if (!pack_rotations(stages)) return kNoMemory;
   threads = team(threads, transform_work(stages, tokens, width), kQuantizeGrain, tokens);
   const int64_t rows = tile_rows(stages, tokens, width, threads), tiles = ceil_div(tokens, rows);
@@ -177,7 +178,7 @@ int for_each_tile(Stages stages, const float* x, int64_t begin, int64_t tokens, 
     for (int64_t tile = 0; tile < tiles; tile++) {
       const int64_t first = tile * rows, count = std::min(rows, tokens - first);
       if (ready) {
-        Stopwatch watch;
+        Stopwatch watch(region);
         const float* from = x + first * width;
         sink(first, count, transform_tile(stages, from, begin + first, count, width, memory, memory + floats, watch));
         watch.add(kQuantize);

@@ -16,7 +16,7 @@ namespace {
 
 enum Status : int { kOk = 0, kBadArgument = 1, kNoMemory = 2 };
 
-constexpr int kAbiVersion = 4;
+constexpr int kAbiVersion = 5;
 // 255 * 255 * depth must stay under 2^31: the exact integer result of one output.
 constexpr int64_t kMaxDepth = 33000;
 // One activation block plus one weight panel should share a second-level cache of 1 MiB or more.
@@ -74,29 +74,61 @@ const PeakOps& peak_ops() {
   return portable::kPeakOps;
 }
 
-// Where the threads spend their time, in nanoseconds added up over them; counted only while somebody measures.
+// Where the time of calls goes, in nanoseconds of wall time; counted only while somebody measures.
 enum Phase : int { kBefore = 0, kTransform = 1, kQuantize = 2, kMultiply = 3, kAttend = 4, kPhases = 5 };
 
 std::atomic<bool> measuring{false};
 std::atomic<int64_t> phase_time[kPhases];
 
+// The wall time of one piece of work by a team, from here to the end of the scope. It is split between the phases as its
+// threads report them, so their number does not matter, nor does it if one waits for another.
+class Region {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  Region() : on_(measuring.load(std::memory_order_relaxed)) {
+    if (on_) begin_ = Clock::now();
+  }
+  Region(const Region&) = delete;
+  Region& operator=(const Region&) = delete;
+  ~Region() {
+    if (!on_) return;
+    int64_t all = 0;
+    for (const auto& part : parts_) all += part;
+    if (all == 0) return;
+    const double wall = static_cast<double>(nanoseconds(Clock::now() - begin_));
+    for (int i = 0; i < kPhases; i++) {
+      phase_time[i] += static_cast<int64_t>(wall * static_cast<double>(parts_[i]) / static_cast<double>(all));
+    }
+  }
+  bool on() const { return on_; }
+  void add(Phase phase, Clock::duration time) { parts_[phase] += nanoseconds(time); }
+
+ private:
+  static int64_t nanoseconds(Clock::duration time) {
+    return std::chrono::duration_cast<std::chrono::nanoseconds>(time).count();
+  }
+  bool on_;
+  Clock::time_point begin_;
+  std::atomic<int64_t> parts_[kPhases] = {};  // added up over the threads
+};
+
 class Stopwatch {
  public:
-  Stopwatch() : on_(measuring.load(std::memory_order_relaxed)) {
-    if (on_) last_ = Clock::now();
+  explicit Stopwatch(Region& region) : region_(region) {
+    if (region_.on()) last_ = Region::Clock::now();
   }
   // Adds the time since the last call, or since the beginning, to a phase.
   void add(Phase phase) {
-    if (!on_) return;
-    const Clock::time_point now = Clock::now();
-    phase_time[phase] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - last_).count();
+    if (!region_.on()) return;
+    const Region::Clock::time_point now = Region::Clock::now();
+    region_.add(phase, now - last_);
     last_ = now;
   }
 
  private:
-  using Clock = std::chrono::steady_clock;
-  bool on_;
-  Clock::time_point last_;
+  Region& region_;
+  Region::Clock::time_point last_;
 };
 
 thread_local Scratch tile_scratch, panel_scratch, rotation_scratch, level_scratch, head_scratch;
