@@ -77,6 +77,21 @@ def test_recipe_files_join_the_named_ones(tmp_path: Path) -> None:
     assert [recipe.name for recipe in spec_of("plan", "--recipe-file", str(file)).recipes] == ["mine"]
 
 
+def test_two_words_for_one_recipe_are_told_apart() -> None:
+    with pytest.raises(RecipeError, match="recipes: rtn and rtn-dynamic are both rtn-w8a8; .* leave one out"):
+        spec_of("compare", "--recipes", "rtn,rtn-dynamic")
+    with pytest.raises(RecipeError, match="recipes: rtn-w8a8 is named twice"):
+        spec_of("compare", "--recipes", "rtn,rtn")
+
+
+@pytest.mark.parametrize("name", ["../../a", "fp", "fp-again"])
+def test_a_recipe_file_has_a_name_that_files_may_have(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(parse_recipe("rtn").to_dict() | {"name": name}))
+    with pytest.raises(RecipeError, match="recipe name: "):
+        spec_of("compare", "--recipe-file", str(file))
+
+
 def test_without_a_prompts_file_a_short_list_stands_in(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: Any
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -302,10 +303,20 @@ def _recipes(given: Given, *, default: str) -> list[Recipe]:
         parse_recipe(name, groups=groups, group_kind=kind, edges=edges, storage=given.get("storage")) for name in named
     ]
     found += [Recipe.from_json(_read(file, "--recipe-file")) for file in files]
-    for recipe in found:
-        if sum(other.name == recipe.name for other in found) > 1:
-            raise RecipeError(f"recipes: {recipe.name} is named twice; each recipe of a run needs a name of its own.")
+    _check_twice([*(name.strip() for name in named), *files], found)
     return found
+
+
+def _check_twice(given: Sequence[str], found: Sequence[Recipe]) -> None:
+    """RecipeError where two words name one recipe, with both as they were written: one may be an alias."""
+    written: dict[str, str] = {}
+    for word, recipe in zip(given, found, strict=True):
+        before = written.setdefault(recipe.name, word)
+        if before != word:
+            raise RecipeError(
+                f"recipes: {before} and {word} are both {recipe.name}; each recipe of a run needs a name of its own, leave "
+                "one out."
+            )
 
 
 def _layer_bits(given: Given, from_file: bool) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from trdq_core.errors import RecipeError
-from trdq_core.plan import LayerInfo, rule_for
+from trdq_core.plan import LayerInfo, matches, rule_for
 from trdq_core.sensitivity.table import Cell, LayerSensitivity, Sensitivity
 from trdq_core.specs import LayerRule, Recipe
 
@@ -202,8 +202,7 @@ def _covering(rule: LayerRule, names: list[str], roles: list[str], layers: Seque
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     prefix = "".join(letters[0] for letters in alike)
     one = dataclasses.replace(rule, roles=tuple(dict.fromkeys(roles)), match=f"{glob.escape(prefix)}*")
-    probe = Recipe(name="probe", rules=(one,))
-    return [one] if [x.name for x in layers if rule_for(x, probe) is not None] == names else each
+    return [one] if [layer.name for layer in layers if matches(one, layer)] == names else each
 
 
 def parse_bytes(text: str, sensitivity: Sensitivity) -> int:
