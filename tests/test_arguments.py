@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from trdq_core import arguments, prompts
 from trdq_core.errors import RecipeError
 from trdq_core.presets import parse_recipe
-from trdq_core.specs import RunSpec, SharingSpec
+from trdq_core.specs import LayerRule, RunSpec, SharingSpec
 
 
 def spec_of(*words: str) -> RunSpec:
@@ -75,6 +76,21 @@ def test_recipe_files_join_the_named_ones(tmp_path: Path) -> None:
     spec = spec_of("compare", "--recipes", "fp", "--recipe-file", str(file))
     assert [recipe.name for recipe in spec.recipes] == ["fp", "mine"]
     assert [recipe.name for recipe in spec_of("plan", "--recipe-file", str(file)).recipes] == ["mine"]
+
+
+def test_two_words_for_one_recipe_are_told_apart() -> None:
+    with pytest.raises(RecipeError, match="recipes: rtn and rtn-dynamic are both rtn-w8a8; .* leave one out"):
+        spec_of("compare", "--recipes", "rtn,rtn-dynamic")
+    with pytest.raises(RecipeError, match="recipes: rtn-w8a8 is named twice"):
+        spec_of("compare", "--recipes", "rtn,rtn")
+
+
+@pytest.mark.parametrize("name", ["../../a", "fp", "fp-again"])
+def test_a_recipe_file_has_a_name_that_files_may_have(name: str, tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(parse_recipe("rtn").to_dict() | {"name": name}))
+    with pytest.raises(RecipeError, match="recipe name: "):
+        spec_of("compare", "--recipe-file", str(file))
 
 
 def test_without_a_prompts_file_a_short_list_stands_in(
@@ -168,6 +184,37 @@ def test_sensitivity_has_a_recipe_for_each_of_its_bits(tmp_path: Path) -> None:
             spec_of("sensitivity", "--method", method)
     with pytest.raises(RecipeError, match="did you mean tr-dq"):
         spec_of("sensitivity", "--method", "tr-dk")
+
+
+def test_sensitivity_scans_in_time_groups(tmp_path: Path) -> None:
+    spec = spec_of(*"sensitivity --bits W8A8,W4A8 --method tr-dq --groups 4 --group-kind dp --storage resident".split())
+    assert [(r.time.kind, r.time.count, r.storage) for r in spec.recipes] == [("dp", 4, "resident")] * 2
+    assert [r.time.edges for r in spec_of(*"sensitivity --method tr-dq --edges 250,500".split()).recipes] == [
+        (250, 500)
+    ] * 4
+    (tmp_path / "spec.json").write_text(spec.to_json())
+    for words in ("sensitivity --groups 2 --spec", "sensitivity --storage shared --spec"):
+        with pytest.raises(
+            RecipeError, match="the recipes of --spec keep their own groups; name recipes with --method"
+        ):
+            spec_of(*words.split(), str(tmp_path / "spec.json"))
+
+
+def test_sensitivity_takes_a_recipe_file_at_each_of_its_bits(tmp_path: Path) -> None:
+    file = tmp_path / "mine.json"
+    mine = parse_recipe("tr-dq-plus-w4a4", groups=3)
+    mine = dataclasses.replace(mine, name="mine", rules=(LayerRule(match="*.0.*"), *mine.rules))
+    file.write_text(mine.to_json())
+    spec = spec_of("sensitivity", "--recipe-file", str(file), "--bits", "W8A8,W3A4")
+    assert [recipe.name for recipe in spec.recipes] == ["mine-w8a8", "mine-w3a4"]
+    for recipe, bits in zip(spec.recipes, ((8, 8), (3, 4)), strict=True):
+        assert (recipe.time, recipe.storage, recipe.rules[0]) == (mine.time, mine.storage, mine.rules[0])
+        assert (recipe.rules[1].weight.bits, recipe.rules[1].activation.bits) == bits
+        assert recipe.rules[1].transforms == mine.rules[1].transforms
+    with pytest.raises(RecipeError, match="--method: got it beside --recipe-file"):
+        spec_of("sensitivity", "--recipe-file", str(file), "--method", "rtn")
+    with pytest.raises(RecipeError, match="--groups: the recipes of --recipe-file keep their own groups"):
+        spec_of("sensitivity", "--recipe-file", str(file), "--groups", "4")
 
 
 def test_attention_plans_by_budgets() -> None:

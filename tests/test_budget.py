@@ -145,3 +145,19 @@ def test_a_table_without_a_rule_for_a_layer_is_refused() -> None:
     recipes = {bits: make_recipe("rtn").__class__(name="none", rules=(LayerRule(),)) for bits in BITS}
     with pytest.raises(RecipeError, match="of the sensitivity table does not quantize it"):
         allocate(Sensitivity(BITS, TABLE.layers, recipes, {}), MOST)
+
+
+def test_a_budget_says_what_bits_the_attention_products_keep() -> None:
+    recipes = {bits: make_recipe("tq-dit", weight_bits=int(bits[1]), activation_bits=int(bits[3])) for bits in BITS}
+    recipe = allocate(Sensitivity(BITS, TABLE.layers, recipes, {"method": "tq-dit"}), LEAST).recipe
+    assert recipe.attention.bits == 8
+    assert recipe.description.endswith("bytes; attention products at 8 bits, softmax 8.")
+
+
+def test_learnt_rounding_can_be_budgeted() -> None:
+    recipes = {
+        bits: make_recipe("q-diffusion", weight_bits=int(bits[1]), activation_bits=int(bits[3])) for bits in BITS
+    }
+    recipe = allocate(Sensitivity(BITS, TABLE.layers, recipes, {"method": "q-diffusion"}), MOST).recipe
+    assert recipe.reconstruction is not None
+    assert {rule.rounding for rule in recipe.rules} == {"adaround"}

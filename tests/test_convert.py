@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -16,10 +17,10 @@ from trdq_core.kernels import dispatch
 from trdq_core.metrics import latent_sqnr_db
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.passes import ModelPasses
-from trdq_core.plan import make_plan
+from trdq_core.plan import LayerInfo, make_plan
 from trdq_core.presets import make_recipe
 from trdq_core.sampling import Trajectory, sample
-from trdq_core.specs import Recipe
+from trdq_core.specs import LowRankSpec, Recipe
 from trdq_core.statistics import Statistics
 
 STEPS = 6
@@ -157,6 +158,36 @@ def test_group_sizes_that_do_not_divide_a_width_are_refused(model: PixArtModel, 
         make_plan(
             model.linears(), dataclasses.replace(recipe, rules=(dataclasses.replace(rule, **odd),)), backend=BACKEND
         )
+
+
+@pytest.mark.parametrize("width", [72, 144])
+def test_group_sizes_that_would_do_are_listed(width: int) -> None:
+    layer = LayerInfo("blocks.0.q", "self_q", "blocks.0.q", width, width)
+    with pytest.raises(ShapeError, match=r"blocks\.0\.q: weight group_size=64 does not divide .* use one of") as caught:
+        make_plan([layer], make_recipe("svdquant", weight_bits=4, activation_bits=4), backend=BACKEND)
+    offered = [int(word) for word in re.findall(r"\d+", str(caught.value).partition("use one of")[2])]
+    assert offered
+    assert all(width % size == 0 for size in offered)
+
+
+def test_a_rank_beyond_the_weight_is_refused(model: PixArtModel, make: object) -> None:
+    recipe = make_recipe("svdquant", weight_bits=4, activation_bits=4)
+    deep = (dataclasses.replace(recipe.rules[0], low_rank=LowRankSpec(rank=129)),)
+    words = r"transformer_blocks\.0\.attn1\.to_q: low_rank rank=129 is more than the 128 that its weight of 128 channels has"
+    with pytest.raises(ShapeError, match=words):
+        make_plan(model.linears(), dataclasses.replace(recipe, rules=deep), backend=BACKEND)
+    with pytest.raises(ShapeError, match=words):
+        make(dataclasses.replace(recipe, rules=deep))
+
+
+@pytest.mark.parametrize("which", ["weight", "activation"])
+def test_a_fit_names_the_layer_that_a_group_size_does_not_fit(make: object, which: str) -> None:
+    recipe = make_recipe("q-dit", weight_bits=4, activation_bits=4)
+    odd = dataclasses.replace(
+        recipe.rules[0], **{which: dataclasses.replace(getattr(recipe.rules[0], which), group_size=96)}
+    )
+    with pytest.raises(ShapeError, match=rf"transformer_blocks\.0\.attn1\.to_q: {which} group_size=96"):
+        make(dataclasses.replace(recipe, rules=(odd,)))
 
 
 def test_damaged_weights_are_named(model: PixArtModel, make: object) -> None:

@@ -57,6 +57,18 @@ def test_a_run_writes_its_spec_events_and_pictures() -> None:
     assert not list(run.path.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("name", ["images/../../evil_000.png", "../evil.png", "/tmp/evil.png"])
+def test_nothing_is_written_outside_the_folder(name: str) -> None:
+    run = folders.RunFolder(folders.new_run_folder("sample"), SPEC)
+    before = sorted(run.path.parent.rglob("*"))
+    with pytest.raises(StorageError, match="is no file in it"):
+        run.save_picture(name, np.zeros((4, 4, 3), np.uint8))
+    with pytest.raises(StorageError, match="is no file in it"):
+        run.write(name, "x")
+    assert sorted(run.path.parent.rglob("*")) == before
+    assert not Path("/tmp/evil.png").exists()
+
+
 @pytest.mark.parametrize(
     ("last", "state"),
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import gzip
 import json
@@ -14,9 +15,9 @@ import pytest
 from PIL import Image
 
 from trdq_core import inspection, listings, runs
-from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError, StorageError
+from trdq_core.errors import CalibrationError, Cancelled, ModelError, RecipeError, ShapeError, StorageError
 from trdq_core.presets import make_recipe, with_sharing
-from trdq_core.specs import RunSpec, SharingSpec
+from trdq_core.specs import Recipe, RunSpec, SharingSpec
 
 STEPS = 4
 TR_DQ = make_recipe("tr-dq", weight_bits=4, activation_bits=8, groups=2)
@@ -112,6 +113,27 @@ def test_cancelling_keeps_what_was_finished(tiny_folder: Path, data: Path) -> No
     assert runs.list_runs()[0].state == "cancelled"
     after = [event["kind"] for event in events[max(i for i, e in enumerate(events) if e["kind"] == "image") :]]
     assert after.count("progress") <= 2
+
+
+@pytest.mark.parametrize("command", ["calibrate", "sample", "compare", "profile", "save"])
+def test_what_a_layer_cannot_take_is_said_before_anything_is_sampled(
+    command: str, tiny_folder: Path, data: Path
+) -> None:
+    events: list[dict[str, Any]] = []
+    spec = spec_of(tiny_folder, command, recipes=(odd_groups(),))
+    with pytest.raises(ShapeError, match=r"transformer_blocks\.0\.attn1\.to_q: weight group_size=96 does not divide"):
+        runs.run(spec, runs.new_run_folder(command), on_event=events.append)
+    assert [event["kind"] for event in events] == ["stage", "failed"], "the model was loaded, nothing was sampled"
+    assert runs.list_calibrations() == []
+
+
+def odd_groups() -> Recipe:
+    """A recipe with groups of 96 channels, which no layer of the tiny model can be cut into."""
+    recipe = make_recipe("q-dit", weight_bits=4, activation_bits=4)
+    odd = {
+        name: dataclasses.replace(getattr(recipe.rules[0], name), group_size=96) for name in ("weight", "activation")
+    }
+    return dataclasses.replace(recipe, rules=(dataclasses.replace(recipe.rules[0], **odd),))
 
 
 def test_profile_needs_no_pictures(data: Path) -> None:

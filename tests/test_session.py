@@ -11,15 +11,15 @@ import torch
 from trdq_core.errors import Cancelled
 from trdq_core.folders import RunFolder
 from trdq_core.presets import make_recipe, published_sharing, with_sharing
-from trdq_core.session import Session, changes
+from trdq_core.session import Session
 from trdq_core.specs import RunSpec
 
 
 def test_only_recipes_that_quantize_or_share_change_the_denoiser() -> None:
     reference = make_recipe("fp")
-    assert not changes(reference)
-    assert changes(with_sharing(reference, published_sharing(8)))
-    assert changes(make_recipe("rtn"))
+    assert not reference.changes
+    assert with_sharing(reference, published_sharing(8)).changes
+    assert make_recipe("rtn").changes
 
 
 def test_stages_and_progress_go_to_the_run_folder_and_can_be_cancelled(tmp_path: Path) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.tiny import tiny_pipeline
 from trdq_core import branches
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.calibration import calibrate
@@ -84,6 +86,21 @@ def test_invariant_35_no_blocks_and_guidance_one_change_no_bit(model: PixArtMode
         shared, plain = run(model, denoiser, guidance), run(model, model.denoiser, guidance)
         assert all(torch.equal(a, b) for a, b in zip(shared.latents, plain.latents, strict=True))
         assert sharing.facts()["shared_calls"] == 0
+
+
+def test_the_error_grows_with_the_number_of_shared_blocks(tmp_path: Path) -> None:
+    """Four blocks, one more shared each time: latents move away from the unshared ones with each. The first block is free,
+    since the prompt comes in behind it."""
+    tiny_pipeline(layers=4).save_pretrained(tmp_path)
+    model = PixArtModel(tmp_path)
+    exact = run(model, model.denoiser).latents[-1]
+    errors = []
+    for count in range(5):
+        denoiser, _, _ = shared_copy(model.denoiser, model.linears(), SharingSpec(blocks=(tuple(range(count)),)))
+        errors.append(float((run(model, denoiser).latents[-1] - exact).norm() / exact.norm()))
+    assert errors[0] == 0
+    assert errors[1] <= 1e-5
+    assert all(b > a for a, b in itertools.pairwise(errors[1:])), errors
 
 
 def test_the_original_is_untouched_and_the_copy_shares(model: PixArtModel) -> None:

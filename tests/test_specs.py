@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
@@ -22,6 +23,7 @@ from trdq_core.specs import (
     check_prompt,
 )
 
+SEARCHED = QuantSpec(bits=4, granularity="tensor", range="output")
 LEARNED = LayerRule(weight=QuantSpec(bits=4), rounding="adaround")
 
 
@@ -100,7 +102,27 @@ def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
         (lambda: AttentionSpec(live=True, bits=6), "attention live: got 6 bits and 8-bit uniform softmax"),
         (lambda: AttentionSpec(live=True, softmax_grid="twin_region"), "the kernel takes bits 8"),
         (lambda: ReconstructionSpec(beta=(2.0, 20.0)), "give two numbers, the first larger"),
+        (
+            lambda: LayerRule(weight=SEARCHED, rounding="gptq"),
+            'weight range "output" searches .* got it with rounding "gptq"',
+        ),
+        (lambda: LayerRule(weight=SEARCHED, rounding="adaround"), 'got it with rounding "adaround"'),
+        (lambda: LayerRule(weight=SEARCHED, low_rank=LowRankSpec()), "got it with low_rank; leave that out"),
+        (
+            lambda: LayerRule(
+                match="*.ff.*",
+                weight=QuantSpec(bits=4),
+                rounding="gptq",
+                activation=QuantSpec(bits=4, granularity="tensor", range="output"),
+            ),
+            r'rule "\*\.ff\.\*": activation range "output"',
+        ),
         (lambda: Recipe(name="x", reconstruction=ReconstructionSpec()), "learns the rounding"),
+        (
+            lambda: Recipe(name="x", rules=(LEARNED,)),
+            'x: rounding "adaround" is learnt by a reconstruction, and there is none',
+        ),
+        (lambda: Recipe(name="x", attention=AttentionSpec()), "x: attention products are quantized beside linears"),
         (lambda: Recipe(name="x", rules=(LEARNED,), storage="resident"), 'use storage "shared"'),
         (
             lambda: Recipe(name="x", attention=AttentionSpec(), sharing=SharingSpec(blocks=((0,),))),
@@ -140,6 +162,44 @@ def test_damaged_recipes_are_refused_in_words(text: str, words: str) -> None:
 def test_bad_values_are_refused_in_words(make: object, words: str) -> None:
     with pytest.raises(RecipeError, match=words):
         make()
+
+
+@pytest.mark.parametrize(
+    "name", ["../../a", "a/b", "a\\b", "", " ", "a b", "a\n", ".hidden", "-a", "+a", "é", "x" * 101, "a\0b", "C:a"]
+)
+def test_names_that_files_could_not_be_called_by_are_refused(name: str) -> None:
+    with pytest.raises(RecipeError, match="recipe name: "):
+        dataclasses.replace(make_recipe("rtn"), name=name)
+    with pytest.raises(RecipeError, match="recipe name: "):
+        Recipe.from_dict(make_recipe("rtn").to_dict() | {"name": name})
+
+
+@pytest.mark.parametrize("name", ["fp", "FP", "fp-again", "Fp-Again"])
+def test_the_rows_of_the_reference_are_not_taken_by_a_recipe(name: str) -> None:
+    with pytest.raises(
+        RecipeError, match=f"recipe name: {name} is the name of the full-precision reference's own rows"
+    ):
+        dataclasses.replace(make_recipe("rtn"), name=name)
+    shared = SharingSpec(blocks=((0,),))
+    with pytest.raises(RecipeError, match="reference's own rows"):
+        Recipe(name=name, sharing=shared)
+    assert Recipe(name="fp").changes is False
+    with pytest.raises(RecipeError, match="reference's own rows"):
+        Recipe(name="fp-again")
+
+
+@pytest.mark.parametrize(
+    "name", ["tr-dq-w8a8+sharing", "tr-dq-w8a8-every-rotation", "tr-dq-w8a8-4-groups", "fp+sharing", "rtn-120000-bytes"]
+)
+def test_names_of_the_projects_own_recipes_are_allowed(name: str) -> None:
+    assert Recipe.from_json(dataclasses.replace(make_recipe("rtn"), name=name).to_json()).name == name
+
+
+@pytest.mark.parametrize("again", ["mine", "Mine"])
+def test_recipes_of_a_run_have_names_of_their_own(again: str) -> None:
+    first, second = (dataclasses.replace(make_recipe("rtn"), name=name) for name in ("mine", again))
+    with pytest.raises(RecipeError, match="recipes: mine is named twice; each recipe of a run needs a name of its own"):
+        run_spec(recipes=(first, second))
 
 
 def test_every_kind_of_group_is_counted_its_own_way() -> None:

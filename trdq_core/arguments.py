@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from trdq_core import __version__
-from trdq_core.bitwidths import DEFAULT_BITS, parse_bits, with_each_of
+from trdq_core.bitwidths import DEFAULT_BITS, at_bits, parse_bits, with_each_of
 from trdq_core.errors import RecipeError, StorageError
+from trdq_core.group_flags import add_group_flags, grouping_of, keep_groups
 from trdq_core.model_flags import (
     add_activations_command,
     add_anyway,
@@ -22,14 +24,8 @@ from trdq_core.model_flags import (
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe, with_sharing
 from trdq_core.prompts import CALIBRATION_PROMPTS, FALLBACK_PROMPTS, stored_prompts
 from trdq_core.prompts import PROMPTS_FILE as PROMPTS_FILE
-from trdq_core.sharing_flags import add_sharing_flags, parse_edges, sharing_wish
-from trdq_core.specs import (
-    STORAGE_MODES,
-    TIME_GROUP_KINDS,
-    Recipe,
-    RunSpec,
-    SharingSpec,
-)
+from trdq_core.sharing_flags import add_sharing_flags, sharing_wish
+from trdq_core.specs import Recipe, RunSpec, SharingSpec
 
 BACKENDS = ("reference", "torch", "cpp", "triton")
 DEFAULT_MODEL = "pocket-image"
@@ -123,7 +119,13 @@ def _add_sensitivity(commands: Any) -> None:
     add("--spec", metavar="FILE", help="a spec.json to start from; flags given beside it win")
     add_model_flags(one, DEFAULT_MODEL)
     add("--method", metavar="NAME", help="how each layer is quantized: a recipe's name without bits (default rtn)")
+    add(
+        "--recipe-file",
+        metavar="FILE",
+        help="a recipe.json in place of --method: its rules and time groups, at each of --bits",
+    )
     add("--bits", metavar="A,B", help=f"bit-widths to try (default {','.join(SENSITIVITY_BITS)})")
+    add_group_flags(one)
     _add_steps(one)
     _add_run(one, "sensitivity")
     _add_json(one)
@@ -174,18 +176,7 @@ def _add_model_and_recipes(parser: Parser, command: str) -> None:
         action="append",
         help="a recipe.json to add to the recipes; may be given again",
     )
-    add("--groups", type=int, metavar="K", help="timestep groups of methods that use time (default 1)")
-    add(
-        "--group-kind",
-        choices=TIME_GROUP_KINDS,
-        help="how time is cut (default uniform; edges where --edges is given)",
-    )
-    add(
-        "--edges",
-        metavar="T,T",
-        help="timesteps between 0 and 1000 at which time is cut, such as 250,500,750",
-    )
-    add("--storage", choices=STORAGE_MODES, help="where the weights of several groups live (default switched)")
+    add_group_flags(parser)
     add("--backend", choices=BACKENDS, help="kernels to use or fail (default: the fastest that run here)")
 
 
@@ -259,9 +250,8 @@ def spec_from(given: Given) -> RunSpec:
     recipes = _shared(given, _recipes(given, default="" if from_file else DEFAULT_RECIPES[command]))
     if recipes or not from_file:
         data["recipes"] = [recipe.to_dict() for recipe in recipes]
-    elif asked := sorted({"groups", "group_kind", "edges", "storage"} & set(given)):
-        flag = "--" + asked[0].replace("_", "-")
-        raise RecipeError(f"{flag}: the recipes of --spec keep their own groups; name recipes with --recipes as well.")
+    else:
+        keep_groups(given, "--spec", "name recipes with --recipes as well")
     if command not in WITHOUT_A_RUN:
         data |= _prompt_fields(given, command, data["model"], from_file)
     return RunSpec.from_dict(data)
@@ -286,37 +276,46 @@ def _recipes(given: Given, *, default: str) -> list[Recipe]:
     """The recipes named by flags and files, each once; the default where none is."""
     files = given.get("recipe_file", [])
     names = given.get("recipes", "" if files else default)
-    edges = parse_edges(given["edges"]) if "edges" in given else ()
-    groups = given.get("groups", len(edges) + 1)
-    if edges and groups != len(edges) + 1:
-        raise RecipeError(
-            f"--groups: got {groups} with {len(edges)} edges, which make {len(edges) + 1}; leave --groups out."
-        )
-    kind = given.get("group_kind", "edges" if edges else "uniform")
-    if edges and kind != "edges":
-        raise RecipeError(f"--edges: got edges with --group-kind {kind}; leave --group-kind out, or say edges.")
     named = names.split(",") if names or "recipes" in given else []
     if given["command"] == "evaluate":
         named = with_each_of(named, parse_bits(given.get("bits", ",".join(DEFAULT_BITS)), "--bits"))
-    found = [
-        parse_recipe(name, groups=groups, group_kind=kind, edges=edges, storage=given.get("storage")) for name in named
-    ]
+    grouping = grouping_of(given)
+    found = [parse_recipe(name, **grouping) for name in named]
     found += [Recipe.from_json(_read(file, "--recipe-file")) for file in files]
-    for recipe in found:
-        if sum(other.name == recipe.name for other in found) > 1:
-            raise RecipeError(f"recipes: {recipe.name} is named twice; each recipe of a run needs a name of its own.")
+    _check_twice([*(name.strip() for name in named), *files], found)
     return found
+
+
+def _check_twice(given: Sequence[str], found: Sequence[Recipe]) -> None:
+    """RecipeError where two words name one recipe, with both as they were written: one may be an alias."""
+    written: dict[str, str] = {}
+    for word, recipe in zip(given, found, strict=True):
+        before = written.setdefault(recipe.name, word)
+        if before != word:
+            raise RecipeError(
+                f"recipes: {before} and {word} are both {recipe.name}; each recipe of a run needs a name of its own, leave "
+                "one out."
+            )
 
 
 def _layer_bits(given: Given, from_file: bool) -> dict[str, Any]:
     """The bit-widths of a sensitivity run and the recipe of each; a spec file's stay if no flag names others."""
-    if from_file and not {"bits", "method"} & set(given):
+    if from_file and not {"bits", "method", "recipe_file"} & set(given):
+        keep_groups(given, "--spec", "name recipes with --method as well")
         return {}
     bits = parse_bits(given.get("bits", ",".join(SENSITIVITY_BITS)), "--bits")
-    method = given.get("method", "rtn")
+    if file := given.get("recipe_file"):
+        if "method" in given:
+            raise RecipeError(
+                "--method: got it beside --recipe-file, which says how each layer is quantized; leave one out."
+            )
+        keep_groups(given, "--recipe-file", "leave it out, or change the file")
+        mine = Recipe.from_json(_read(file, "--recipe-file"))
+        return {"bits": list(bits), "recipes": [at_bits(mine, label).to_dict() for label in bits]}
+    method, grouping = given.get("method", "rtn"), grouping_of(given)
     if method in ("fp", "") or with_each_of([method], ("W8A8",)) == [method]:
         raise RecipeError(f"--method: got {method!r}; give a method that quantizes, without bits, such as rtn.")
-    return {"bits": list(bits), "recipes": [parse_recipe(f"{method}-{label}").to_dict() for label in bits]}
+    return {"bits": list(bits), "recipes": [parse_recipe(f"{method}-{label}", **grouping).to_dict() for label in bits]}
 
 
 def _shared(given: Given, recipes: list[Recipe]) -> list[Recipe]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Sequence
 
 from trdq_core.errors import RecipeError
-from trdq_core.specs import Recipe
+from trdq_core.specs import LayerRule, Recipe
 
 DEFAULT_BITS = ("W8A8", "W6A6", "W4A8", "W4A4", "W3A4")
 _WRITTEN = re.compile(r"w(\d+)a(\d+)", re.IGNORECASE)
@@ -46,6 +47,26 @@ def split_name(name: str) -> tuple[str, str | None]:
     """
     found = _NAMED.fullmatch(name)
     return (found[1] + found[3], found[2].upper()) if found else (name, None)
+
+
+def at_bits(recipe: Recipe, label: str) -> Recipe:
+    """`recipe` with every quantized layer at the bits of `label`, such as "W4A8", under a name that ends in them.
+
+    What a rule leaves in floating point stays so: weight-only rules take the bits of weights alone.
+    """
+    found = _WRITTEN.fullmatch(label)
+    if found is None:
+        raise RecipeError(f"bits: got {label!r}; write weight and activation bits, such as W4A8.")
+    weight, activation = map(int, found.groups())
+
+    def changed(rule: LayerRule) -> LayerRule:
+        if rule.weight is None:
+            return rule
+        seen = rule.activation and dataclasses.replace(rule.activation, bits=activation)
+        return dataclasses.replace(rule, weight=dataclasses.replace(rule.weight, bits=weight), activation=seen)
+
+    name = f"{split_name(recipe.name)[0]}-{label.lower()}"
+    return dataclasses.replace(recipe, name=name, rules=tuple(changed(rule) for rule in recipe.rules))
 
 
 def bits_of(recipe: Recipe) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from trdq_core.errors import RecipeError
-from trdq_core.plan import LayerInfo, rule_for
+from trdq_core.plan import LayerInfo, matches, rule_for
 from trdq_core.sensitivity.table import Cell, LayerSensitivity, Sensitivity
 from trdq_core.specs import LayerRule, Recipe
 
@@ -173,7 +173,8 @@ def lower_bound(groups: Sequence[Sequence[Option]], budget: int) -> float:
 def build_recipe(sensitivity: Sensitivity, bits: Mapping[str, str], budget: int) -> Recipe:
     """The recipe with one rule for each input group: that of the group's bit-width, its transforms kept.
 
-    One rule covers all layers of a group, so that they go on sharing their transform.
+    One rule covers all layers of a group, so that they go on sharing their transform. What is no layer's keeps the widest
+    bits that were measured: a scan quantizes linears alone, so nothing is known of fewer bits for attention products.
     """
     widest = sensitivity.recipes[max(sensitivity.bits, key=_widths)]
     infos = [LayerInfo(x.layer, x.role, x.group, x.in_features, x.out_features) for x in sensitivity.layers]
@@ -186,11 +187,13 @@ def build_recipe(sensitivity: Sensitivity, bits: Mapping[str, str], budget: int)
             raise RecipeError(f"{group}: the recipe {recipe.name} of the sensitivity table does not quantize it.")
         rules += _covering(rule, [member.layer for member in members], [member.role for member in members], infos)
     method = sensitivity.about.get("method", "mixed")
+    products = widest.attention
+    kept = f"; attention products at {products.bits} bits, softmax {products.softmax_bits}" if products else ""
     return dataclasses.replace(
         widest,
         name=f"{method}-{budget}-bytes",
         rules=tuple(rules),
-        description=f"{method} with bits chosen for each layer within {budget:,} bytes.",
+        description=f"{method} with bits chosen for each layer within {budget:,} bytes{kept}.",
     )
 
 
@@ -202,8 +205,7 @@ def _covering(rule: LayerRule, names: list[str], roles: list[str], layers: Seque
     alike = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
     prefix = "".join(letters[0] for letters in alike)
     one = dataclasses.replace(rule, roles=tuple(dict.fromkeys(roles)), match=f"{glob.escape(prefix)}*")
-    probe = Recipe(name="probe", rules=(one,))
-    return [one] if [x.name for x in layers if rule_for(x, probe) is not None] == names else each
+    return [one] if [layer.name for layer in layers if matches(one, layer)] == names else each
 
 
 def parse_bytes(text: str, sensitivity: Sensitivity) -> int:

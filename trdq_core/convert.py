@@ -307,7 +307,9 @@ def linear_of(denoiser: nn.Module, name: str) -> nn.Linear:
 def without_weights(fitted: FittedInput) -> FittedInput:
     """What is known of an input, without its integers."""
     # The integers now live in the layers; keeping them here too would double the memory of the quantized model.
-    return fitted._replace(sets=tuple(one._replace(weights={}) for one in fitted.sets))
+    # Sets that are one stay one: an input without transforms has a single set, however many time groups there are.
+    bare = {id(one): one._replace(weights={}) for one in fitted.sets}
+    return fitted._replace(sets=tuple(bare[id(one)] for one in fitted.sets))
 
 
 def install_input(

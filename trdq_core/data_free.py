@@ -13,7 +13,7 @@ from trdq_core.errors import RecipeError
 from trdq_core.fitting import FittedInput, FittedSet
 from trdq_core.kernels import dispatch
 from trdq_core.nn.fused_block import fuse
-from trdq_core.plan import LayerInfo, group_inputs
+from trdq_core.plan import LayerInfo, check_shapes, group_inputs
 from trdq_core.sharing import apply_sharing
 from trdq_core.specs import Recipe
 from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
@@ -44,6 +44,7 @@ def convert_without_data(
     for group in group_inputs(layers, recipe):
         spec, activation = group.rule.weight, group.rule.activation
         assert spec is not None  # groups only hold quantized layers
+        check_shapes(group)
         weights = {
             layer.name: quantize_weight(
                 linear_of(denoiser, layer.name).weight.detach().double(), spec, layer=layer.name

@@ -80,11 +80,12 @@ class RunFolder:
 
     def write(self, name: str, text: str) -> None:
         """Write a text file, `name` being its path inside the folder, whole or not at all."""
-        partial = self.path / f"{name}.tmp"
+        file = self._inside(name)
+        partial = file.with_name(f"{file.name}.tmp")
         try:
             partial.parent.mkdir(exist_ok=True)
             partial.write_text(text)
-            partial.replace(self.path / name)
+            partial.replace(file)
         except OSError as error:
             raise _storage_error(self.path, error) from error
 
@@ -94,11 +95,18 @@ class RunFolder:
 
     def save_picture(self, name: str, picture: np.ndarray) -> str:
         """Save (height, width, 3) uint8 under the run folder; returns the path inside it."""
+        file = self._inside(name)
         try:
-            Image.fromarray(picture).save(self.path / name)
+            Image.fromarray(picture).save(file)
         except OSError as error:
             raise _storage_error(self.path, error) from error
         return name
+
+    def _inside(self, name: str) -> Path:
+        """The file called `name` in this folder; StorageError if the name leads out of it, whatever it was made of."""
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise StorageError(f"run folder {self.path.name}: {name!r} is no file in it; use a name without slashes.")
+        return self.path / name
 
 
 def _storage_error(folder: Path, error: OSError) -> StorageError:

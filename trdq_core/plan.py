@@ -66,9 +66,14 @@ class InputGroup(NamedTuple):
 def rule_for(layer: LayerInfo, recipe: Recipe) -> LayerRule | None:
     """The first rule of `recipe` that matches a layer and quantizes it, None if the layer stays in full precision."""
     for rule in recipe.rules:
-        if (not rule.roles or layer.role in rule.roles) and fnmatch.fnmatch(layer.name, rule.match):
+        if matches(rule, layer):
             return rule if rule.weight is not None else None
     return None
+
+
+def matches(rule: LayerRule, layer: LayerInfo) -> bool:
+    """Whether a rule speaks of a layer, by its role and its name."""
+    return (not rule.roles or layer.role in rule.roles) and fnmatch.fnmatch(layer.name, rule.match)
 
 
 def group_inputs(layers: Iterable[LayerInfo], recipe: Recipe) -> list[InputGroup]:
@@ -123,7 +128,7 @@ def _plan_group(group: InputGroup, sets: int, groups: int, backend: dispatch.Bac
     if rule.weight is None:
         return []
     channels = group.layers[0].in_features
-    check_widths(group)
+    check_shapes(group)
     shared_bytes, words = _transform_price(group, groups)
     activation_bits = 16 if rule.activation is None else rule.activation.bits
     storage_bits = 4 if rule.weight.bits <= 4 else 8
@@ -157,16 +162,29 @@ def _plan_group(group: InputGroup, sets: int, groups: int, backend: dispatch.Bac
     return rows
 
 
-def check_widths(group: InputGroup) -> None:
-    """ShapeError, with the layer named, where a group size does not divide the width of the input."""
+def check_shapes(group: InputGroup) -> None:
+    """ShapeError, with the layer named, where a group size does not divide the width of the input, or a branch of small rank
+    has no smaller rank than the weights it stands beside, all that read the input together."""
     layer, rule = group.layers[0], group.rule
     for label, spec in (("weight", rule.weight), ("activation", rule.activation)):
         if spec is not None and spec.group_size is not None and layer.in_features % spec.group_size:
-            divisors = [d for d in (32, 64, 96, 128, 144, 192, 256) if layer.in_features % d == 0]
+            sizes = ", ".join(map(str, _nearest_divisors(layer.in_features, spec.group_size)))
             raise ShapeError(
                 f"{layer.name}: {label} group_size={spec.group_size} does not divide in_features={layer.in_features}; "
-                f"use one of {', '.join(map(str, divisors)) or 'its divisors'} or another granularity."
+                f"use one of {sizes}, or another granularity."
             )
+    largest = min(layer.in_features, sum(each.out_features for each in group.layers))
+    if rule.low_rank is not None and rule.low_rank.rank > largest:
+        raise ShapeError(
+            f"{layer.name}: low_rank rank={rule.low_rank.rank} is more than the {largest} that its weight of "
+            f"{layer.in_features} channels has; use at most {largest}, or leave low_rank out for it."
+        )
+
+
+def _nearest_divisors(width: int, wanted: int) -> list[int]:
+    """The group sizes nearest to `wanted` that divide `width`, rising; `width` itself is one scale a row."""
+    divisors = [size for size in range(2, width + 1) if width % size == 0]
+    return sorted(sorted(divisors, key=lambda size: abs(size - wanted))[:4])
 
 
 def _weight_bytes(layer: LayerInfo, rule: LayerRule) -> int:

@@ -20,7 +20,7 @@ from trdq_core.model_passes import make_passes
 from trdq_core.models import load_model
 from trdq_core.presets import parse_recipe
 from trdq_core.sampling import Trajectory, sample
-from trdq_core.session import Session, changes
+from trdq_core.session import Session
 from trdq_core.specs import Recipe
 
 FOLDER = "model"  # inside the run folder, where no other place is named
@@ -71,7 +71,7 @@ def quantize(
 
 def recipe_to_save(recipes: Sequence[Recipe]) -> Recipe:
     """The one recipe of a save run; RecipeError for none, several, or the reference."""
-    changed = [recipe for recipe in recipes if changes(recipe)]
+    changed = [recipe for recipe in recipes if recipe.changes]
     if len(recipes) != 1 or not changed:
         raise RecipeError(
             f"save: got {', '.join(recipe.name for recipe in recipes) or 'no recipe'}; give one recipe that changes the "

@@ -18,6 +18,7 @@ from trdq_core.kernels import dispatch
 from trdq_core.model_passes import make_passes
 from trdq_core.outputs import OutputWriter
 from trdq_core.peers.convert import PeerConversion, Sampling, convert_peer
+from trdq_core.plan import make_plan
 from trdq_core.sampling import Conditioning, SampledModel, Trajectory, check_branches
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
@@ -91,9 +92,13 @@ def statistics_for(session: Session, report: dict[str, Any]) -> Statistics:
     return statistics
 
 
-def changes(recipe: Recipe) -> bool:
-    """Whether a recipe changes anything in the denoiser; the reference does not."""
-    return recipe.quantized or recipe.sharing is not None or recipe.peer is not None
+def check_plan(session: Session, recipe: Recipe) -> None:
+    """The dry run: RecipeError or ShapeError names the layer that cannot take its rule, before anything is sampled for it.
+
+    Another tool looks at the layers by itself.
+    """
+    if recipe.fitted:
+        make_plan(session.model.linears(), recipe, steps=session.spec.steps, backend=session.backend)
 
 
 def convert_for(session: Session, recipe: Recipe, statistics: Statistics | None) -> Conversion | PeerConversion:

@@ -166,30 +166,29 @@ def _evaluation_lines(recipes: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _sensitivity_lines(found: Mapping[str, Any]) -> list[str]:
-    """Every layer with the error of each bit-width, the most sensitive at the fewest bits first; then totals."""
+    """Every layer with the error of each bit-width, the most sensitive at the fewest bits first; roles; totals."""
     bits = found["bits"]
+    kinds = {"denoiser": "denoiser_error", "own": "layer_error", "bytes": "bytes"}
+    columns = [f"{kind} {label}" for kind in kinds for label in bits]
+
+    def filled(one: Mapping[str, Any]) -> list[str]:
+        cells = [(name, one["cells"][label][name]) for name in kinds.values() for label in bits]
+        return [size(value) if name == "bytes" else f"{value:.2e}" for name, value in cells]
+
     layers = sorted(found["layers"], key=lambda layer: -layer["cells"][bits[-1]]["denoiser_error"])
-    rows = [
-        (
-            layer["layer"],
-            layer["role"],
-            *(f"{layer['cells'][label]['denoiser_error']:.2e}" for label in bits),
-            *(f"{layer['cells'][label]['layer_error']:.2e}" for label in bits),
-            *(size(layer["cells"][label]["bytes"]) for label in bits),
-        )
-        for layer in layers
-    ]
-    kinds = ("denoiser", "own", "bytes")
-    shown = table(("layer", "role", *(f"{kind} {label}" for kind in kinds for label in bits)), rows, left=2)
+    roles = [(name, str(role["layers"]), *filled(role)) for name, role in (found.get("roles") or {}).items()]
     totals = [
         f"{label}: errors add up to {t['denoiser_error']:.3e}; {size(t['bytes'])} in memory, {size(t['packed_bytes'])} packed"
         for label, t in found["totals"].items()
     ]
     return [
-        shown,
-        "",
-        *totals,
-        "Errors are squared error over squared output, of the denoiser and of the layer itself.",
+        table(("layer", "role", *columns), [(x["layer"], x["role"], *filled(x)) for x in layers], left=2),
+        *(("", table(("role", "layers", *columns), roles)) if roles else ()),
+        *(
+            "",
+            *totals,
+            "Errors are squared error over squared output, of the denoiser and of the layer itself; roles add up.",
+        ),
     ]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -12,7 +13,7 @@ from studio import plots
 from studio.components import words
 from studio.components.html import notice
 from studio.services.methods import title_of_method
-from studio.services.scans import ERROR_CHOICES, ERROR_WORDS, ORDER_CHOICES, ScanView, check_error
+from studio.services.scans import ERROR_CHOICES, ERROR_WORDS, ORDER_CHOICES, Cell, ScanView, check_error
 
 CHART_EMPTY = "A bar for each layer appears here once a scan is chosen."
 Updates = dict[Any, Any]
@@ -103,27 +104,32 @@ def chart(view: ScanView, bits: Any, error: Any, order: Any, log_y: Any) -> Any:
 
 
 def numbers(view: ScanView) -> str:
-    """Every layer with both errors and its bytes at every bit-width."""
+    """Both errors and the bytes at every bit-width: of each role, its layers added up, then of every layer."""
+    roles = [((escape(role.role), str(role.layers)), role.cells) for role in view.table.roles().values()]
+    layers = []
+    for x in view.table.layers:
+        name = f'<span class="mono">{escape(words.layer(x.layer))}</span>'
+        layers.append(((name, f"{escape(x.role)}, {x.out_features} x {x.in_features}"), x.cells))
     bits = view.table.bits
-    names = [
-        "layer",
-        "role",
-        "shape",
-        *(f"{label} {what}" for label in bits for what in ("prediction", "layer", "bytes")),
-    ]
+    return _table(("role, errors added up", "layers"), roles, bits) + _table(("layer", "role and shape"), layers, bits)
+
+
+def _table(first: Sequence[str], rows: Sequence[tuple[Sequence[str], Mapping[str, Cell]]], bits: Sequence[str]) -> str:
+    """A table whose first cells are HTML and whose others are the numbers at each bit-width."""
+    names = [*first, *(f"{label} {what}" for label in bits for what in ("prediction", "layer", "bytes"))]
     head = "<tr>" + "".join(f"<th>{escape(name)}</th>" for name in names) + "</tr>"
-    rows = []
-    for layer in view.table.layers:
-        shape = f"{layer.out_features} x {layer.in_features}"
-        cells = "".join(
-            f'<td class="num">{cell.denoiser_error:.2e}</td><td class="num">{cell.layer_error:.2e}</td>'
-            f'<td class="num">{words.size(cell.bytes)}</td>'
-            for cell in (layer.cells[label] for label in bits)
-        )
-        rows.append(
-            f'<tr><td class="mono">{escape(words.layer(layer.layer))}</td><td>{escape(layer.role)}</td>'
-            f'<td class="num">{shape}</td>{cells}</tr>'
-        )
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{word}</td>" for word in said)
+        + "".join(_cells(cells[label]) for label in bits)
+        + "</tr>"
+        for said, cells in rows
+    )
+    return f'<div class="tr-table" tabindex="0"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>'
+
+
+def _cells(cell: Cell) -> str:
     return (
-        f'<div class="tr-table" tabindex="0"><table><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table></div>'
+        f'<td class="num">{cell.denoiser_error:.2e}</td><td class="num">{cell.layer_error:.2e}</td>'
+        f'<td class="num">{words.size(cell.bytes)}</td>'
     )

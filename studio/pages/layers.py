@@ -162,7 +162,8 @@ class _Handlers:
         page = self.page
         said = (
             "Press Scan: each layer is quantized alone at each bit-width, and the change of the prediction is measured, "
-            "with the steps, guidance and seed of the sidebar. It is stored and read again from then on."
+            "with the steps, guidance, seed and, where the method has them, time groups of the sidebar. It is stored and read "
+            "again from then on."
         )
         return {
             page.stored: gr.Dropdown(choices=[], value=None, visible=False),

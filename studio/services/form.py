@@ -229,6 +229,16 @@ def _recipe(form: Form, method: str) -> Recipe:
     name = saved_name(method)
     if name is not None:
         return _saved_recipe(form, name)
+    return make_recipe(
+        method,
+        weight_bits=whole("weight bits", form.weight_bits, 1, 16),
+        activation_bits=whole("activation bits", form.activation_bits, 1, 16),
+        **grouping(form),
+    )
+
+
+def grouping(form: Form) -> dict[str, Any]:
+    """The form's time groups as the core's recipes take them; methods that ignore time, or bring their own, ignore them."""
     kind = form.group_kind
     if kind not in TIME_GROUP_KINDS:
         raise RecipeError(f"groups: got the kind {kind!r}; allowed are {', '.join(TIME_GROUP_KINDS)}.")
@@ -238,15 +248,7 @@ def _recipe(form: Form, method: str) -> Recipe:
     groups = len(edges) + 1 if kind == "edges" else 1
     if kind in ("uniform", "dp"):
         groups = whole("groups", form.groups, 1, 1000)
-    return make_recipe(
-        method,
-        weight_bits=whole("weight bits", form.weight_bits, 1, 16),
-        activation_bits=whole("activation bits", form.activation_bits, 1, 16),
-        groups=groups,
-        group_kind=kind,
-        edges=edges,
-        storage=form.storage,
-    )
+    return {"groups": groups, "group_kind": kind, "edges": edges, "storage": form.storage}
 
 
 def _saved_recipe(form: Form, name: str) -> Recipe:

@@ -12,12 +12,13 @@ from typing import Any, Literal, NamedTuple
 
 from studio.services import prompts
 from studio.services.core import Core
-from studio.services.form import Form, run_spec, whole
+from studio.services.form import Form, grouping, run_spec, whole
 from studio.services.methods import title_of_method
 from trdq_core.arguments import SENSITIVITY_BITS
 from trdq_core.errors import CalibrationError, RecipeError, TRDQError
 from trdq_core.presets import METHODS, OFFERED_BITS, parse_recipe
 from trdq_core.sensitivity.table import FILE, Sensitivity
+from trdq_core.sensitivity.table import Cell as Cell
 from trdq_core.specs import RunSpec
 
 log = logging.getLogger(__name__)
@@ -61,7 +62,13 @@ class ScanView(NamedTuple):
         count = len(about.get("prompts") or ())
         said = f"{title_of_method(self.method)} · {', '.join(self.table.bits)} · {count} prompt{'s' * (count != 1)}"
         partial = "" if about.get("complete", True) else " · stopped early"
-        return f"{when(self.id)} · {said} · {about.get('steps', '?')} steps{partial}"
+        return f"{when(self.id)} · {said} · {about.get('steps', '?')} steps{self._groups()}{partial}"
+
+    def _groups(self) -> str:
+        """The time groups that the layers were fitted in, where there are several."""
+        time, steps = next(iter(self.table.recipes.values())).time, self.table.about.get("steps")
+        count = time.groups_in(steps) if isinstance(steps, int) else time.count
+        return f" · {count} time groups" if count > 1 else ""
 
     def bars(self, bits: Any, error: Any, order: Any) -> list[Bar]:
         """The layers' errors at one bit-width, in the order asked for; RecipeError for a choice there is not."""
@@ -141,14 +148,15 @@ class Scans:
 
 
 def scan_spec(form: Form, method: Any, bits: Any, count: Any) -> RunSpec:
-    """The scan of a method at several bit-widths, as the command line would make it."""
+    """The scan of a method at several bit-widths, in the form's time groups, as the command line would make it."""
     if method not in METHODS or method == "fp":
         raise RecipeError(f"scan method: got {str(method)[:40]!r}; choose a method that quantizes, such as rtn.")
     labels = tuple(label for label in BITS_CHOICES if label in (bits or ()))
     if not labels:
         raise RecipeError("scan bits: none is chosen; choose at least one bit-width, such as W4A8.")
     texts = prompts.calibration(str(form.model))[: whole("scan prompts", count, 1, MOST_PROMPTS)]
-    recipes = tuple(parse_recipe(f"{method}-{label.lower()}") for label in labels)
+    groups = grouping(form)
+    recipes = tuple(parse_recipe(f"{method}-{label.lower()}", **groups) for label in labels)
     spec = run_spec(form, "sensitivity", recipes, texts)
     return RunSpec.from_dict(spec.to_dict() | {"bits": list(labels)})
 

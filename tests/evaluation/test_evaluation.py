@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -17,7 +18,7 @@ from trdq_core.evaluation import command, tables
 from trdq_core.evaluation.references import BATCH, plan_batches
 from trdq_core.evaluation.scores import SAMPLE_COLUMNS, summary
 from trdq_core.presets import parse_recipe
-from trdq_core.specs import RunSpec
+from trdq_core.specs import LowRankSpec, RunSpec
 
 STEPS = 3
 PROMPTS = ("tiger face", "rocket", "green salad", "red apple", "face")
@@ -183,6 +184,26 @@ def test_a_recipe_that_fails_is_a_row_and_is_tried_again(
     again = runs.run(spec, tmp_path)
     assert list(again["recipes"]) == NAMES
     assert again["recipes"]["rtn-w3a4"]["kind"] == "quantized"
+
+
+def test_a_recipe_that_no_layer_takes_is_a_row_before_anything_is_sampled(tiny_folder: Path, tmp_path: Path) -> None:
+    rule = parse_recipe("svdquant-w4a4").rules[0]
+    deep = dataclasses.replace(
+        parse_recipe("svdquant-w4a4"), rules=(dataclasses.replace(rule, low_rank=LowRankSpec(rank=1000)),)
+    )
+    events: list[dict[str, Any]] = []
+    spec = spec_of(tiny_folder, prompts=PROMPTS[:1], seeds=1, recipes=(parse_recipe("rtn-w8a8"), deep))
+    report = runs.run(spec, tmp_path, on_event=events.append)
+    assert {name: row["kind"] for name, row in report["recipes"].items()} == {
+        "fp": "reference", "fp-again": "noise_floor", "rtn-w8a8": "quantized", "svdquant-w4a4": "failed",
+    }  # fmt: skip
+    assert "to_q: low_rank rank=1000 is more than the 128" in report["recipes"]["svdquant-w4a4"]["error"]
+    kinds = [event["kind"] for event in events]
+    assert kinds.index("warning") < kinds.index("progress"), "said before the reference is sampled"
+    events.clear()
+    with pytest.raises(ShapeError, match="low_rank rank=1000"):
+        runs.run(spec_of(tiny_folder, recipes=(deep,)), tmp_path / "alone", on_event=events.append)
+    assert "progress" not in [event["kind"] for event in events]
 
 
 def test_latents_that_are_not_finite_are_a_failure(

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 
 from tests.reconstruction.conftest import make_recipe
 from trdq_core.adapters.pixart import PixArtModel
+from trdq_core.convert import convert
 from trdq_core.errors import CalibrationError
+from trdq_core.kernels import dispatch
 from trdq_core.nn.modules import share_copy
+from trdq_core.presets import make_recipe as preset
+from trdq_core.reconstruction.calls import tensors_of
 from trdq_core.reconstruction.run import reconstruct
 from trdq_core.reconstruction.temporal import Tabulated, between, find_temporal, modulation_table, tabulate
 from trdq_core.reconstruction.units import Unit
@@ -76,7 +82,37 @@ def test_invariant_31_looking_up_equals_computing(model: PixArtModel, statistics
         table.lookup("adaln_single", 124.0, 2)
 
 
-def test_invariant_31_a_tabulated_model_has_no_modulation_error(model: PixArtModel, statistics: Statistics) -> None:
+def modulation_of(model: PixArtModel, denoiser: torch.nn.Module) -> list[torch.Tensor]:
+    """What the module of the timestep returns at each step of sampling with `denoiser`, and the latents at the end."""
+    seen: list[torch.Tensor] = []
+    handle = denoiser.adaln_single.register_forward_hook(lambda module, args, out: seen.extend((*tensors_of(out),)))
+    with model.using(denoiser):
+        run = sample(model, model.encode(["red apple"])[0], 3, steps=4, guidance=3.5)
+    handle.remove()
+    return [*seen, run.latents[-1]]
+
+
+def test_invariant_31_a_quantized_model_with_a_table_has_no_modulation_error(
+    model: PixArtModel, statistics: Statistics, tmp_path: Path
+) -> None:
+    rtn = preset("rtn", weight_bits=3)
+    every = (dataclasses.replace(rtn.rules[0], roles=(*rtn.rules[0].roles, "modulation", "embed")),)
+    conversion = convert(
+        model.denoiser, model.linears(), dataclasses.replace(rtn, rules=every), statistics,
+        backend=dispatch.select_backend(torch.device("cpu")), storage_folder=tmp_path,
+    )  # fmt: skip
+    *exact, picture = modulation_of(model, model.denoiser)
+    *quantized, _ = modulation_of(model, conversion.denoiser)
+    scale = max(one.abs().max() for one in exact)
+    assert max((a - b).abs().max() for a, b in zip(exact, quantized, strict=True)) > 0.01 * scale
+    tabulate(conversion.denoiser, modulation_table(model, statistics, statistics.timesteps), conversion.time)
+    assert isinstance(conversion.denoiser.adaln_single, Tabulated)
+    *looked_up, other = modulation_of(model, conversion.denoiser)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-6) for a, b in zip(exact, looked_up, strict=True))
+    assert not torch.allclose(picture, other, atol=1e-3), "the blocks are quantized all the same"
+
+
+def test_invariant_31_a_tabulated_model_is_the_same_model(model: PixArtModel, statistics: Statistics) -> None:
     copy, time = share_copy(model.denoiser), TimeContext(TimeGroups())
     tabulate(copy, modulation_table(model, statistics, statistics.timesteps), time)
     time.attach(copy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from trdq_core.presets import parse_recipe
 from trdq_core.sensitivity.table import Sensitivity
 from trdq_core.session import Session, convert_for, statistics_for
 from trdq_core.specs import RunSpec
+from trdq_core.terminal import report_text
 
 BITS = ("W8A8", "W4A8", "W3A4")
 
@@ -140,3 +142,38 @@ def test_a_budget_recipe_weighs_what_the_table_promised(tiny_folder: Path, tmp_p
     }
     assert len(quantizers) == 1, "q, k and v go on sharing one transform"
     assert torch.isfinite(torch.tensor(found.error))
+
+
+def test_roles_add_up_their_layers(measured: Path) -> None:
+    table = Sensitivity.load(measured)
+    report = json.loads((measured / "report.json").read_text())["sensitivity"]
+    roles = table.roles()
+    assert sum(role.layers for role in roles.values()) == len(table.layers)
+    assert list(report["roles"]) == list(roles)
+    for label in BITS:
+        own = [layer.cells[label].denoiser_error for layer in table.layers if layer.role == "mlp_in"]
+        assert (
+            roles["mlp_in"].cells[label].denoiser_error
+            == pytest.approx(sum(own))
+            == pytest.approx(report["roles"]["mlp_in"]["cells"][label]["denoiser_error"])
+        )
+        assert sum(r["cells"][label]["bytes"] for r in report["roles"].values()) == report["totals"][label]["bytes"]
+    rows = list(csv.DictReader((measured / "sensitivity_roles.csv").open()))
+    assert len(rows) == len(roles) * len(BITS)
+    assert {row["role"]: int(row["layers"]) for row in rows} == {name: role.layers for name, role in roles.items()}
+    assert "mlp_in" in report_text({"recipes": {}, "sensitivity": report}).partition("role  ")[2]
+
+
+def test_a_method_with_time_groups_is_scanned_and_budgeted_in_them(
+    tiny_folder: Path, measured: Path, tmp_path: Path
+) -> None:
+    bits = ("W8A8", "W4A8")
+    recipes = tuple(parse_recipe(f"tr-dq-{label}", groups=2, storage="resident") for label in bits)
+    runs.run(spec_of(tiny_folder, bits=bits, recipes=recipes), tmp_path)
+    table = Sensitivity.load(tmp_path)
+    found = allocate(table, sum(layer.cells["W4A8"].bytes for layer in table.layers) * 3 // 2)
+    assert (found.recipe.time.count, found.recipe.storage) == (2, "resident")
+    plain = Sensitivity.load(measured)
+    pairs = [(a.cells["W4A8"].bytes, b.cells["W4A8"].bytes) for a, b in zip(table.layers, plain.layers, strict=True)]
+    heavier = [grouped for grouped, single in pairs if grouped > 1.9 * single]
+    assert heavier, "two sets of weights weigh twice as much where a transform was kept"

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from studio.components import sensitivity
 from studio.context import Studio
 from studio.services import commands, methods, scans
 from studio.services.edits import Bits, bits_from
@@ -114,6 +115,26 @@ def test_a_scan_is_what_the_command_line_would_make(form: Form) -> None:
     spec = scans.scan_spec(form, "rtn", ["W4A8", "W8A8"], 2)
     given = vars(build_parser().parse_args(["sensitivity", "--bits", "W8A8,W4A8"]))
     assert spec == spec_from(given)
+
+
+def test_a_scan_takes_the_time_groups_of_the_sidebar(studio: Studio, form: Form) -> None:
+    asked = dataclasses.replace(form, group_kind="uniform", groups=3, storage="resident")
+    spec = scans.scan_spec(asked, "tr-dq", ["W8A8", "W4A8"], 2)
+    flags = "sensitivity --bits W8A8,W4A8 --method tr-dq --groups 3 --storage resident"
+    assert spec == spec_from(vars(build_parser().parse_args(flags.split())))
+    view = scanned(studio, asked, method="tr-dq")
+    assert "3 time groups" in view.title
+    assert "time groups" not in scanned(studio, asked, method="rtn").title
+
+
+def test_the_numbers_begin_with_roles(studio: Studio, form: Form) -> None:
+    view = scanned(studio, form)
+    shown = sensitivity.numbers(view)
+    roles = view.table.roles()
+    assert shown.index("role, errors added up") < shown.index("role and shape")
+    for role in roles.values():
+        assert f"<td>{role.role}</td><td>{role.layers}</td>" in shown
+        assert f"{role.cells['W4A8'].denoiser_error:.2e}" in shown
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_scan_reports_layers_and_ends_with_its_chart(scanning: _Handlers, core
     assert [trace.name for trace in figure.data] == ["self_q", "cross_q", "mlp_in"]
     assert sum(len(trace.x) for trace in figure.data) == COUNT
     assert figure.layout.xaxis.categoryarray[0] == "blocks.0.attn1.to_q"
-    assert last[page.result.numbers].count("<tr>") == COUNT + 1
+    assert last[page.result.numbers].count("<tr>") == (1 + 3) + (1 + COUNT), "a table of roles, a table of layers"
     assert "sensitivity --spec" in last[page.result.command]
 
 

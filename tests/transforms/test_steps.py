@@ -78,6 +78,8 @@ def test_invariant_09_hadamard_blocks_that_no_kernel_runs_are_refused_by_name() 
         ShapeError, match="ff: 48 channels do not split into Hadamard blocks of 32 to 256; leave hadamard"
     ):
         step_blocks((HADAMARD,), 48, 48, layer="ff")
+    with pytest.raises(ShapeError, match="ff: 48 channels do not split .* leave adaptive_rotation out for it"):
+        price((TransformSpec(kind="adaptive_rotation"),), 48, 48, layer="ff")
     wide = TransformSpec(kind="hadamard", block=512)
     with pytest.raises(ShapeError, match="ff: got a Hadamard block of 512, .* for 1024 channels use 32, 64, 128, 256"):
         step_blocks((wide,), 1024, 1024, layer="ff")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,7 +28,7 @@ from trdq_core.evaluation.references import (
 from trdq_core.evaluation.scores import Scores
 from trdq_core.outputs import Output, output_fields
 from trdq_core.peers.convert import PeerConversion
-from trdq_core.session import Session, changes, convert_for, statistics_for
+from trdq_core.session import Session, check_plan, convert_for, statistics_for
 from trdq_core.specs import Recipe, RunSpec
 from trdq_core.statistics import Statistics
 
@@ -44,17 +44,18 @@ def evaluate(session: Session, report: dict[str, Any]) -> None:
     spec, model = session.spec, session.model
     if not spec.prompts:
         raise RecipeError("prompts: there are none; give at least one prompt to evaluate recipes on.")
-    recipes = [recipe for recipe in spec.recipes if changes(recipe)]
+    recipes = [recipe for recipe in spec.recipes if recipe.changes]
     report["evaluation"] = {
         "prompts": len(spec.prompts), "seeds": spec.seeds, "pictures": len(spec.prompts) * spec.seeds,
         "batch": batch_size(model),
         "reference": reference_digest(model, spec),
     }  # fmt: skip
     _go_on(session, report)
+    _refuse(session, report, recipes)
     session.conditionings = model.encode(spec.prompts)
     references = make_references(session, report["reference"]["label"])
     rows = report["recipes"]
-    left = [recipe for recipe in recipes if recipe.name not in rows]
+    left = [recipe for recipe in recipes if recipe.name not in rows]  # neither done before nor refused
     if REFERENCE not in rows:
         rows[REFERENCE] = _reference_row(session, references, report["reference"]["label"])
         _write(session, report)
@@ -93,6 +94,21 @@ def _go_on(session: Session, report: dict[str, Any]) -> None:
     report["recipes"], report["calibration"] = rows, before.get("calibration")
     done = [name for name in rows if name not in (REFERENCE, NOISE_FLOOR)]
     session.stage("load", f"Going on with an evaluation: {len(done)} of {len(session.spec.recipes)} recipes are done")
+
+
+def _refuse(session: Session, report: dict[str, Any], recipes: Sequence[Recipe]) -> None:
+    """Rows of the recipes that some layer cannot take, before hours go into the others; the error itself if that is all."""
+    refused: list[TRDQError] = []
+    for recipe in recipes:
+        if recipe.name in report["recipes"]:  # done by an earlier start
+            continue
+        try:
+            check_plan(session, recipe)
+        except TRDQError as error:
+            refused.append(error)
+            _fail(session, report, recipe, str(error))
+    if refused and len(refused) == len(recipes):
+        raise refused[0]
 
 
 def _reference_row(session: Session, references: References, label: str) -> dict[str, Any]:

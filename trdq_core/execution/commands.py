@@ -10,7 +10,7 @@ from torch import Tensor
 from trdq_core.auto_sharing import fulfil
 from trdq_core.execution.rows import REFERENCE, changed_row
 from trdq_core.execution.samples import sample_all
-from trdq_core.session import Session, changes, convert_for, statistics_for
+from trdq_core.session import Session, convert_for, statistics_for
 from trdq_core.similarity import Similarity, measure_similarity
 from trdq_core.specs import Recipe
 
@@ -33,7 +33,7 @@ def sample_prompts(session: Session, report: dict[str, Any]) -> None:
     """Pictures or clips of every prompt with the first recipe."""
     recipe = session.spec.recipes[0] if session.spec.recipes else Recipe(name=REFERENCE)
     session.conditionings = session.model.encode(session.spec.prompts)
-    if not changes(recipe):
+    if not recipe.changes:
         samples = sample_all(session, REFERENCE, session.model.denoiser)
         report["recipes"][REFERENCE] = {"kind": "reference", "label": report["reference"]["label"], **samples.row()}
         return

@@ -11,7 +11,7 @@ from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, changed_row, fp_byt
 from trdq_core.execution.samples import sample_all
 from trdq_core.execution.timing import time_steps
 from trdq_core.peers.convert import PeerConversion
-from trdq_core.session import Session, changes, convert_for, failed_row, statistics_for
+from trdq_core.session import Session, convert_for, failed_row, statistics_for
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
 
@@ -21,7 +21,7 @@ def compare(session: Session, report: dict[str, Any]) -> None:
     spec, rows = session.spec, report["recipes"]
     if not spec.prompts:
         raise RecipeError("prompts: there are none; give at least one prompt to compare pictures of.")
-    changed = [recipe for recipe in spec.recipes if changes(recipe)]
+    changed = [recipe for recipe in spec.recipes if recipe.changes]
     quantized = [recipe for recipe in changed if recipe.quantized]
     session.conditionings = session.model.encode(spec.prompts)
     _references(session, report, fp_bytes(session, quantized))

@@ -19,7 +19,7 @@ from trdq_core.kernels import dispatch
 from trdq_core.models import load_model
 from trdq_core.outputs import clip_facts
 from trdq_core.sensitivity.command import sensitivity
-from trdq_core.session import Session
+from trdq_core.session import Session, check_plan
 from trdq_core.specs import RunSpec
 
 REPORT_VERSION = 1
@@ -36,6 +36,9 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     try:
+        if spec.command != "evaluate":  # which makes a row of what cannot be done, and goes on
+            for recipe in spec.recipes:
+                check_plan(session, recipe)
         COMMANDS[spec.command](session, report)
     finally:
         report["clip"] = clip_facts(session.outputs.clip)  # some models' size shows only in what was decoded

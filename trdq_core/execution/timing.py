@@ -12,7 +12,7 @@ from trdq_core.errors import PeerError
 from trdq_core.execution.rows import NOISE_FLOOR, REFERENCE, facts_of, fp_bytes, measured_conversion
 from trdq_core.peers.convert import PeerConversion
 from trdq_core.sampling import sample
-from trdq_core.session import Session, changes, failed_row, statistics_for
+from trdq_core.session import Session, failed_row, statistics_for
 from trdq_core.step_profile.command import decode_ms, memory_of, profile_steps
 
 
@@ -49,7 +49,7 @@ def time_steps(
 def profile(session: Session, report: dict[str, Any]) -> None:
     """Latency, bytes and peak memory of a step, with no word on quality: works on random weights too."""
     spec, model = session.spec, session.model
-    changed = [recipe for recipe in spec.recipes if changes(recipe)]
+    changed = [recipe for recipe in spec.recipes if recipe.changes]
     quantized = [recipe for recipe in changed if recipe.quantized]
     prompts = spec.prompts[:1] or spec.calibration_prompts[:1]
     started = time.perf_counter()

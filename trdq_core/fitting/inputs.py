@@ -12,7 +12,7 @@ from torch import Tensor
 from trdq_core.errors import CalibrationError
 from trdq_core.fitting.one_set import FittedSet, Rows, fit_chain, fit_set, output_error, search_chain
 from trdq_core.nn.input_grid import InputGrid, Range
-from trdq_core.plan import InputGroup
+from trdq_core.plan import InputGroup, check_shapes
 from trdq_core.scale_search import OutputSamples
 from trdq_core.specs import LayerRule, TransformSpec
 from trdq_core.statistics import LayerStatistics
@@ -76,8 +76,9 @@ def fit_input(
     """Fit every set of one input. `weights` are (out, in) by layer name, `steps_of_sets` the timestep indices of each set.
 
     Of the rule's chains of transforms the one with the least output error on held-out rows is taken; with `do_no_harm`
-    having none is a candidate too.
+    having none is a candidate too. ShapeError names the layer that a group size or a rank does not fit.
     """
+    check_shapes(group)
     for layer, weight in weights.items():
         if not torch.stack(torch.aminmax(weight)).isfinite().all():  # both are NaN if anything is
             raise CalibrationError(f"{layer}: its weight holds NaN or infinity; load an undamaged model.")

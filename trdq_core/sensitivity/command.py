@@ -18,7 +18,8 @@ from trdq_core.statistics import Statistics
 
 
 def sensitivity(session: Session, report: dict[str, Any]) -> None:
-    """Measure and leave sensitivity.json and sensitivity.csv in the run folder; the report has the totals."""
+    """Measure and leave sensitivity.json, sensitivity.csv and sensitivity_roles.csv in the run folder; the report has the
+    totals of roles and of everything."""
     _check(session.spec)
     found = measure_sensitivity(session, statistics_for(session, report))
     totals = {
@@ -30,7 +31,11 @@ def sensitivity(session: Session, report: dict[str, Any]) -> None:
         for label in found.bits
     }
     whole = found.to_dict()
-    report["sensitivity"] = {"bits": whole["bits"], "layers": whole["layers"], "totals": totals}
+    roles = {
+        role.role: {"layers": role.layers, "cells": {bits: cell._asdict() for bits, cell in role.cells.items()}}
+        for role in found.roles().values()
+    }
+    report["sensitivity"] = {"bits": whole["bits"], "layers": whole["layers"], "roles": roles, "totals": totals}
 
 
 def _check(spec: RunSpec) -> None:
@@ -71,6 +76,7 @@ def measure_sensitivity(session: Session, statistics: Statistics) -> Sensitivity
         found = _table(session, targets, columns, recorded, before + time.monotonic() - started)
         session.folder.write(FILE, found.to_json())
         session.folder.write("sensitivity.csv", found.csv_text())
+        session.folder.write("sensitivity_roles.csv", found.roles_csv_text())
     return found
 
 

@@ -19,6 +19,8 @@ CSV_COLUMNS = (
     "layer", "role", "group", "in_features", "out_features", "bits", "layer_error", "denoiser_error", "bytes", "packed_bytes",
 )  # fmt: skip
 
+ROLE_COLUMNS = ("role", "layers", "bits", "layer_error", "denoiser_error", "bytes", "packed_bytes")
+
 
 class Cell(NamedTuple):
     """One layer at one bit-width, all other layers in full precision. Errors are squared error over squared output."""
@@ -40,6 +42,14 @@ class LayerSensitivity(NamedTuple):
     cells: Mapping[str, Cell]  # by bit label
 
 
+class RoleSensitivity(NamedTuple):
+    """The quantizable linears of one role together: errors and bytes are sums over its layers, each quantized alone."""
+
+    role: str
+    layers: int
+    cells: Mapping[str, Cell]  # by bit label
+
+
 @dataclass(frozen=True)
 class Sensitivity:
     """All quantizable linears at all measured bit-widths, and the recipe each bit-width was measured with."""
@@ -55,6 +65,19 @@ class Sensitivity:
         for layer in self.layers:
             found.setdefault(layer.group, []).append(layer)
         return {name: tuple(members) for name, members in found.items()}
+
+    def roles(self) -> dict[str, RoleSensitivity]:
+        """What the layers of each role add up to, in the order in which the model has the roles."""
+        members: dict[str, list[LayerSensitivity]] = {}
+        for layer in self.layers:
+            members.setdefault(layer.role, []).append(layer)
+        return {
+            role: RoleSensitivity(
+                role, len(layers), {bits: Cell(*map(sum, zip(*(x.cells[bits] for x in layers), strict=True)))
+                for bits in self.bits},
+            )
+            for role, layers in members.items()
+        }  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON values."""
@@ -81,6 +104,16 @@ class Sensitivity:
         for layer in self.layers:
             for bits, cell in layer.cells.items():
                 writer.writerow([*layer[:-1], bits, *cell])
+        return text.getvalue()
+
+    def roles_csv_text(self) -> str:
+        """One line for each role and bit-width."""
+        text = io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow(ROLE_COLUMNS)
+        for role in self.roles().values():
+            for bits, cell in role.cells.items():
+                writer.writerow([role.role, role.layers, bits, *cell])
         return text.getvalue()
 
     def save(self, file: Path) -> None:

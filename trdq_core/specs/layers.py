@@ -170,6 +170,7 @@ class LayerRule(Spec):
             self._check_activation(self.activation)
         for chain in (self.transforms, *self.alternatives):
             _check_order(chain)
+        self._check_together(self.weight)
 
     @property
     def chains(self) -> tuple[tuple[TransformSpec, ...], ...]:
@@ -196,6 +197,20 @@ class LayerRule(Spec):
         if weight.range == "ema":
             raise RecipeError(
                 f'{where}: range "ema" is for activations; weights take minmax, mse, percentile or output.'
+            )
+
+    def _check_together(self, weight: QuantSpec) -> None:
+        """Range "output" fixes scales and codes in one search, which leaves nothing to a rounding or a branch."""
+        searched = [
+            label
+            for label, spec in (("weight", weight), ("activation", self.activation))
+            if spec is not None and spec.range == "output"
+        ]
+        if searched and (self.rounding != "nearest" or self.low_rank is not None):
+            beside = f'rounding "{self.rounding}"' if self.rounding != "nearest" else "low_rank"
+            raise RecipeError(
+                f'rule "{self.match}": {searched[0]} range "output" searches the scales for rounding to nearest, got it with '
+                f'{beside}; leave that out, or use range "mse".'
             )
 
     def _check_activation(self, activation: QuantSpec) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import typing
 from dataclasses import dataclass, field
 from typing import Literal
@@ -19,6 +20,9 @@ SkippedGuidance = Literal["held", "off"]
 STORAGE_MODES: tuple[Storage, ...] = typing.get_args(Storage)
 SHARING_MEASURES: tuple[SharingMeasure, ...] = typing.get_args(SharingMeasure)
 SKIPPED_GUIDANCE: tuple[SkippedGuidance, ...] = typing.get_args(SkippedGuidance)
+REFERENCE_NAMES = ("fp", "fp-again")  # rows of the reference and of the reference again; no other recipe is called so
+LONGEST_NAME = 100
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*", re.ASCII)
 TIME_GROUP_KINDS: tuple[TimeGroupKind, ...] = typing.get_args(TimeGroupKind)
 
 
@@ -232,6 +236,7 @@ class Recipe(Spec):
     peer: str | None = None  # another tool does the work, `presets.PEERS` names them; the rules say on which layers
 
     def __post_init__(self) -> None:
+        self._check_name()
         if self.peer is not None:
             self._check_peer()
         if self.format_version > FORMAT_VERSION:
@@ -247,9 +252,36 @@ class Recipe(Spec):
             raise RecipeError(
                 f'{self.name}: rounding "adaround" learns one weight for all timesteps; use storage "shared".'
             )
+        if rounded and self.reconstruction is None:
+            raise RecipeError(
+                f'{self.name}: rounding "adaround" is learnt by a reconstruction, and there is none; give one, or use '
+                'rounding "nearest" or "gptq".'
+            )
         if self.attention is not None and self.sharing is not None:
             raise RecipeError(
                 f"{self.name}: attention products are either quantized or shared between the branches; leave one out."
+            )
+        if self.attention is not None and not self.quantized:
+            raise RecipeError(
+                f"{self.name}: attention products are quantized beside linears, and no rule quantizes any; give a rule with a "
+                "weight, or leave attention out."
+            )
+
+    def _check_name(self) -> None:
+        """Files are called by it (pictures, tables of samples, switched sets), and rows of reports."""
+        if len(self.name) > LONGEST_NAME:
+            raise RecipeError(
+                f"recipe name: got {len(self.name)} characters; allowed are at most {LONGEST_NAME}, shorten it."
+            )
+        if not _NAME.fullmatch(self.name):
+            raise RecipeError(
+                f"recipe name: got {self.name!r}; use letters, digits, dashes, dots and plus signs, beginning with a letter or "
+                "digit, such as my-plan."
+            )
+        taken = REFERENCE_NAMES if self.changes else REFERENCE_NAMES[1:]
+        if self.name.lower() in taken:
+            raise RecipeError(
+                f"recipe name: {self.name} is the name of the full-precision reference's own rows; choose another."
             )
 
     def _check_peer(self) -> None:
@@ -269,6 +301,11 @@ class Recipe(Spec):
     def simulated_attention(self) -> bool:
         """Whether attention products are computed in floating point on static grids, which are calibrated."""
         return self.attention is not None and not self.attention.live
+
+    @property
+    def changes(self) -> bool:
+        """Whether anything of the denoiser becomes another; the full-precision reference is the recipe that changes nothing."""
+        return self.quantized or self.sharing is not None or self.peer is not None
 
     @property
     def fitted(self) -> bool:

@@ -55,7 +55,16 @@ class RunSpec(Spec):
             raise RecipeError("guidance: got 1, which has one branch; give more than 1 to compare two branches.")
         for prompt in (*self.prompts, *self.calibration_prompts):
             check_prompt(prompt)
+        self._check_recipes()
+
+    def _check_recipes(self) -> None:
+        """Each recipe has a name of its own, also where a file system takes capitals for small letters."""
+        names = [recipe.name.lower() for recipe in self.recipes]
         for recipe in self.recipes:
+            if names.count(recipe.name.lower()) > 1:
+                raise RecipeError(
+                    f"recipes: {recipe.name} is named twice; each recipe of a run needs a name of its own."
+                )
             if (groups := recipe.time.groups_in(self.steps)) > self.steps:
                 raise RecipeError(
                     f"groups: got {groups} timestep groups for {self.steps} steps in {recipe.name}; "

@@ -41,12 +41,15 @@ def resolve_adaptive(specs: Sequence[TransformSpec], rows: Tensor) -> tuple[Tran
     return _chosen(specs, calm=input_rms(rows) < adaptive.threshold)
 
 
-def step_blocks(specs: Sequence[TransformSpec], channels: int, out_features: int, *, layer: str = "input") -> list[int]:
+def step_blocks(
+    specs: Sequence[TransformSpec], channels: int, out_features: int, *, layer: str = "input", piece: str = "hadamard"
+) -> list[int]:
     """The block size of every step, 0 for smoothing; `out_features` are those of all linears that read the input.
 
     Dense rotations are as large as their bytes and work allow, a Hadamard takes 128 or the largest power of two below that
     divides the width; `block` in a step overrides that, up to 256. A permutation deals to the blocks that the next rotation
-    mixes. ShapeError names `layer` if a block does not divide the width or no kernel runs it.
+    mixes. ShapeError names `layer` if a block does not divide the width or no kernel runs it, and the `piece` of the recipe
+    that asked for a Hadamard.
     """
     blocks: list[int] = []
     for index, spec in enumerate(specs):
@@ -59,21 +62,27 @@ def step_blocks(specs: Sequence[TransformSpec], channels: int, out_features: int
         wanted = mixing.block if spec.block is None else spec.block
         block = choose_block(channels, out_features, wanted, dense=mixing.kind == "greedy_rotation", layer=layer)
         if spec.kind == "hadamard" and block not in HADAMARD_BLOCKS:
-            raise ShapeError(_no_hadamard(layer, block, channels))
+            raise ShapeError(_no_hadamard(layer, block, channels, piece))
         blocks.append(block)
     return blocks
 
 
-def price(specs: Sequence[TransformSpec], channels: int, out_features: int, *, layer: str = "input") -> TransformPrice:
+def price(
+    specs: Sequence[TransformSpec], channels: int, out_features: int, *, layer: str = "input", piece: str = "hadamard"
+) -> TransformPrice:
     """Bytes and words of the transform that `specs` will become, without any data.
 
     An adaptive rotation is priced as the dearer of its two choices. A scale that a search may leave out is counted.
     """
     if any(spec.kind == "adaptive_rotation" for spec in specs):
-        calm, rough = (price(_chosen(specs, calm=calm), channels, out_features, layer=layer) for calm in (True, False))
+        calm, rough = (
+            price(_chosen(specs, calm=calm), channels, out_features, layer=layer, piece="adaptive_rotation")
+            for calm in (True, False)
+        )
         return TransformPrice(max(calm.nbytes, rough.nbytes), f"{calm.words} or {rough.words}")
+    blocks = step_blocks(specs, channels, out_features, layer=layer, piece=piece)
     total, words, signed = 0, [], False
-    for spec, block in zip(specs, step_blocks(specs, channels, out_features, layer=layer), strict=True):
+    for spec, block in zip(specs, blocks, strict=True):
         if spec.kind == "smooth":
             total, words = total + 4 * channels, [*words, "scale"]
         elif spec.kind == "serpentine":
@@ -105,10 +114,8 @@ def _chosen(specs: Sequence[TransformSpec], *, calm: bool) -> tuple[TransformSpe
     return tuple(chosen)
 
 
-def _no_hadamard(layer: str, block: int, channels: int) -> str:
+def _no_hadamard(layer: str, block: int, channels: int, piece: str) -> str:
     allowed = ", ".join(str(size) for size in HADAMARD_BLOCKS if channels % size == 0)
     if not allowed:
-        return (
-            f"{layer}: {channels} channels do not split into Hadamard blocks of 32 to 256; leave hadamard out for it."
-        )
+        return f"{layer}: {channels} channels do not split into Hadamard blocks of 32 to 256; leave {piece} out for it."
     return f"{layer}: got a Hadamard block of {block}, which no kernel runs; for {channels} channels use {allowed}."
