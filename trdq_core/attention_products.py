@@ -170,7 +170,11 @@ def use_int8_attention(denoiser: nn.Module, layers: Iterable[LayerInfo], spec: A
     if not names:
         raise RecipeError(NO_ATTENTION)
     found = {name: getattr(denoiser.get_submodule(name), "processor", None) for name in names}
-    fused = {name: processor for name, processor in found.items() if isinstance(processor, FusedAttention)}
+    fused = {
+        name: processor
+        for name, processor in found.items()
+        if isinstance(processor, FusedAttention) and processor.on_cpu(denoiser.get_submodule(name))
+    }
     for processor in fused.values():
         processor.bits = 8
     return LiveProducts(fused, len(names))

@@ -129,6 +129,10 @@ class FusedAttention:
         """Whether the projections, with inputs of the type of x, may be called past their own forwards."""
         return takes(x, attn.to_q, attn.to_k, attn.to_v, attn.to_out[0])
 
+    def on_cpu(self, attn: nn.Module) -> bool:
+        """Whether the projections run in the C++ kernels, and so does the attention."""
+        return attn.to_q.input_quantizer.backend == "cpp"
+
     def attend(
         self, attn: nn.Module, x: Tensor, context: Tensor | None, mask: Tensor | None, around: Around = NOTHING
     ) -> Tensor:
@@ -141,7 +145,7 @@ class FusedAttention:
             k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
             source = context
         mask = additive_mask(attn, mask, source)
-        if attn.to_q.input_quantizer.backend == "cpp":
+        if self.on_cpu(attn):
             bits = self.bits if k.shape[1] <= cpu.MAX_IN_FEATURES else 0  # more would not fit the integer sums
             self.int8_calls += bits == 8
             heads = cpu.attend(q, k, v, attn.heads, mask, bits)
