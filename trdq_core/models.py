@@ -31,7 +31,7 @@ class ModelInfo(NamedTuple):
     reason: str
     source: str = "repository"  # "folder" under --model-root, or "hub"
     repo: str | None = None
-    revision: str | None = None  # the commit that is here or would be fetched; None: recorded when it is downloaded
+    revision: str | None = None  # of the hub: the commit that is here or would be fetched
 
 
 def models() -> list[ModelInfo]:

@@ -163,12 +163,18 @@ def test_leaving_while_it_waits_is_a_cancellation(tmp_path: Path, monkeypatch: p
 
 
 def test_the_time_asked_for_follows_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = {**vars(SPEC), "prompts": ("owl",), "steps": 20}
-    small = gpu.seconds_for(RunSpec(**run).to_json(), "", "")
-    large = gpu.seconds_for(RunSpec(**run | {"model": "random-pixart-xl-28"}).to_json(), "", "")
-    assert large > small, "0.6 B parameters, not 10 M"
+    parameters, stored = gpu._size_of("pocket-image")
+    assert 9e6 < parameters < 12e6 and stored > 2 * parameters, "the text encoder and the decoder are read as well"
+    linear = SimpleNamespace(in_features=30_000, out_features=20_000)
+    monkeypatch.setattr("trdq_core.models.layers_of_model", lambda model: [linear])
+    assert gpu._size_of("random-pixart-xl-28") == (600_000_000, 0)
+    asked = RunSpec(**{**vars(SPEC), "steps": 20}).to_json()
+    small = gpu.seconds_for(asked, "", "")
+    monkeypatch.setattr(gpu, "_size_of", lambda model: (2_600_000_000, 0))
+    large = gpu.seconds_for(asked, "", "")
+    assert large - small >= 19, "4 pictures of 20 steps, a quarter of a second longer each"
     monkeypatch.setattr(gpu, "_size_of", lambda model: (0, 20 * 10**9))
-    assert gpu.seconds_for(RunSpec(**run).to_json(), "", "") >= small + 19, "20 GB are read first"
+    assert gpu.seconds_for(asked, "", "") >= small + 19, "20 GB are read first"
 
 
 def test_a_stored_calibration_is_not_paid_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
