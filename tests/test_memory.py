@@ -27,7 +27,9 @@ def sized(tmp_path: Path) -> Path:
     save_file({**blocks, "proj.weight": torch.zeros(5)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file({"x": torch.zeros(999)}, folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
     for i in (1, 2):
-        save_file({f"block.{i}.weight": torch.zeros(500)}, folder / "text_encoder" / f"model-0000{i}-of-00002.safetensors")
+        save_file(
+            {f"block.{i}.weight": torch.zeros(500)}, folder / "text_encoder" / f"model-0000{i}-of-00002.safetensors"
+        )
     save_file({"x": torch.zeros(999)}, folder / "text_encoder" / "model.safetensors")
     index = {"weight_map": {f"block.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
     (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
