@@ -63,14 +63,16 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
     warm_up(core)
-    if ON_A_SPACE and os.environ.get("TRDQ_PREPARE") != "0":
-        prepare(core, studio.worker)
     demo.launch(
         server_name=flags.host,
         server_port=flags.port,
         inbrowser=not (flags.no_browser or ON_A_SPACE),
+        prevent_thread_lock=True,
         **launch_options(),
     )
+    if ON_A_SPACE and os.environ.get("TRDQ_PREPARE") != "0":
+        prepare(core, studio.worker)  # not before: a GPU is lent only once the page is served
+    demo.block_thread()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -49,6 +50,8 @@ class Job:
     result: Any = None
     started: float | None = None
     ended: float | None = None
+    # Of the request that brought the job: a GPU that is lent by the call is lent to the visitor whom this names.
+    _context: contextvars.Context = field(default_factory=contextvars.copy_context)
     _events: deque[Event] = field(default_factory=deque)
     _cancel: threading.Event = field(default_factory=threading.Event)
     _changed: threading.Condition = field(default_factory=threading.Condition)
@@ -96,6 +99,10 @@ class Job:
         """Return when the job is over or `seconds` have passed."""
         with self._changed:
             self._changed.wait_for(lambda: self.finished, max(0.0, seconds))
+
+    def do(self) -> Any:
+        """The work itself, on the worker's thread, with the context variables of the request that asked for it."""
+        return self._context.run(self.work, self.report, self.cancelled)
 
     def settle(self, state: JobState, text: str = "") -> None:
         """Set the state and wake whoever waits."""
@@ -205,7 +212,7 @@ class Worker:
                 job.settle("running")
             try:
                 with self.guard:
-                    job.result = job.work(job.report, job.cancelled)
+                    job.result = job.do()
                 job.settle("done")
             except Cancelled as error:
                 job.settle("cancelled", str(error))

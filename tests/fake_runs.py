@@ -49,7 +49,7 @@ class FakeRuns(SimpleNamespace):
         """The plan of two layers."""
         return PLAN
 
-    def preflight(self, model: str) -> None:
+    def preflight(self, model: str, *, loading: object = None) -> None:
         """A model of random weights, which is not looked at."""
 
     def run(self, spec: RunSpec, folder: Path, *, on_event: Callable[..., None], cancelled: Callable[[], bool]) -> Any:

@@ -259,6 +259,13 @@ def test_memory_is_passed_over_only_where_it_is_said() -> None:
     assert spec_of("compare", "--anyway").anyway
 
 
+def test_precision_and_offload_are_those_that_were_asked_for() -> None:
+    assert spec_of("compare").loading == ("auto", "none")
+    assert spec_of(*"plan --dtype bf16".split()).loading == ("bf16", "none")
+    assert spec_of(*"save --dtype fp16 --offload sequential".split()).loading == ("fp16", "sequential")
+    assert RunSpec.from_json(spec_of(*"sample --dtype bf16".split()).to_json()).dtype == "bf16"
+
+
 def test_sizes_are_those_that_were_asked_for() -> None:
     assert spec_of("compare").size == {}
     assert spec_of("sample", "--height", "64", "--frames", "8").size == {"height": 64, "frames": 8}

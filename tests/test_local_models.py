@@ -67,6 +67,6 @@ def test_the_command_lists_what_the_root_holds(root: Path, capsys: pytest.Captur
     shown = capsys.readouterr().out
     assert (
         "mine" in shown
-        and "a revision recorded at download" in shown
+        and "zai-org/CogView4-6B at 63a52b7f" in shown
         and "black-forest-labs/FLUX.1-schnell at 741f7c3c" in shown
     )

@@ -11,8 +11,10 @@ import torch
 from safetensors.torch import save_file
 
 from trdq_core import memory, models
+from trdq_core.arguments import build_parser, spec_from
 from trdq_core.errors import MemoryShort, ModelError
 from trdq_core.memory import WORK_BYTES, components_of, preflight
+from trdq_core.specs import Loading
 
 
 @pytest.fixture
@@ -25,9 +27,11 @@ def sized(tmp_path: Path) -> Path:
     save_file({**blocks, "proj.weight": torch.zeros(5)}, folder / "transformer" / "diffusion_pytorch_model.safetensors")
     save_file({"x": torch.zeros(999)}, folder / "transformer" / "diffusion_pytorch_model.fp16.safetensors")
     for i in (1, 2):
-        save_file({f"shared.{i}": torch.zeros(500)}, folder / "text_encoder" / f"model-0000{i}-of-00002.safetensors")
+        save_file(
+            {f"block.{i}.weight": torch.zeros(500)}, folder / "text_encoder" / f"model-0000{i}-of-00002.safetensors"
+        )
     save_file({"x": torch.zeros(999)}, folder / "text_encoder" / "model.safetensors")
-    index = {"weight_map": {f"shared.{i}": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
+    index = {"weight_map": {f"block.{i}.weight": f"model-0000{i}-of-00002.safetensors" for i in (1, 2)}}
     (folder / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     return folder
 
@@ -62,13 +66,49 @@ def test_needs_are_weights_a_quantized_copy_and_room(sized: Path, monkeypatch: p
     found = preflight("mine", sized, "cuda")
     assert found is not None
     assert (found.dtype, found.needs, found.fits) == ("float16", 1605 * 2 + 605 + WORK_BYTES, False)
-    ways = {way.name: way.needs - WORK_BYTES for way in found.ways}
-    assert ways == {
-        "in bfloat16 with the text encoders run first and then freed": max(2000, 605 * 2 + 605),
-        "with model offload": 2000 + 605,
-        "with sequential offload": max(600, 2000),
-    }
+    ways = {way.flags: way.needs - WORK_BYTES for way in found.ways}
+    assert ways == {"--offload sequential": (605 + 500) * 2 + 605}, (
+        "the encoder alone is the largest part, so model is no gain"
+    )
     assert preflight("random-dit", None, "cpu") is None
+
+
+def test_what_is_asked_for_is_what_is_counted(sized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 10)
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda: 10)
+    found = preflight("mine", sized, "cpu", Loading(dtype="bf16"))
+    assert found is not None
+    assert (found.dtype, found.needs, found.ways) == ("bfloat16", 1605 * 2 + 605 + WORK_BYTES, ())
+    save_file({"x": torch.zeros(400)}, _made(sized / "vae") / "diffusion_pytorch_model.safetensors")
+    found = preflight("mine", sized, "cuda", Loading(dtype="fp32"))
+    assert found is not None and found.needs == 2005 * 4 + 605 + WORK_BYTES
+    assert [(way.flags, way.needs - WORK_BYTES) for way in found.ways] == [
+        ("--dtype fp32 --offload model", (605 + 1000) * 4 + 605),
+        ("--dtype fp32 --offload sequential", (605 + 500) * 4 + 605),
+        ("--dtype bf16", 2005 * 2 + 605),
+        ("--dtype bf16 --offload model", (605 + 1000) * 2 + 605),
+        ("--dtype bf16 --offload sequential", (605 + 500) * 2 + 605),
+    ]
+    found = preflight("mine", sized, "cuda", Loading("fp16", "model"))
+    assert found is not None and (found.dtype, found.needs) == ("float16", (605 + 1000) * 2 + 605 + WORK_BYTES)
+    assert [way.flags for way in found.ways] == ["--dtype fp16 --offload sequential"]
+
+
+def test_every_flag_of_the_advice_is_one_of_the_command_line(sized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_memory", lambda: 10)
+    monkeypatch.setattr(memory, "free_gpu_memory", lambda: 10)
+    for device in ("cpu", "cuda"):
+        found = preflight("mine", sized, device, Loading(dtype="fp32"))
+        assert found is not None and found.ways
+        for way in found.ways:
+            given = vars(build_parser().parse_args(["compare", *way.flags.split()]))
+            least = preflight("mine", sized, device, spec_from(given).loading)
+            assert least is not None and least.needs == way.needs
+
+
+def _made(folder: Path) -> Path:
+    folder.mkdir()
+    return folder
 
 
 def test_what_does_not_fit_is_refused_with_what_to_do(sized: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,10 +116,10 @@ def test_what_does_not_fit_is_refused_with_what_to_do(sized: Path, monkeypatch: 
     found = preflight("mine", sized, "cpu")
     assert found is not None
     with pytest.raises(
-        MemoryShort, match="mine: needs about .* in float32 and .* are free; it would need in bfloat16"
+        MemoryShort, match="mine: needs about .* in float32 and .* are free; it would need .* with --dtype bf16"
     ) as told:
         memory.check_memory(found)
-    assert "(too much)" not in str(told.value).partition("then freed")[2]
+    assert "--offload" not in str(told.value), "there is no GPU to offload from"
     assert "--anyway" in str(told.value)
     memory.check_memory(None)
 

@@ -18,8 +18,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from trdq_core.kernels import build
-
 ROOT = Path(__file__).resolve().parents[1]
 PUSHED = ("app.py", "README.md", "requirements.txt", "trdq_core", "studio", "assets")
 GIVEN_BY_SPACES = {
@@ -54,8 +52,9 @@ def test_the_head_of_the_readme_is_what_a_space_needs() -> None:
 
 
 @pytest.fixture(scope="module")
-def space(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterator[tuple[str, Path]]:
-    """The address of the studio as a Space runs it, and its checkout. A tiny model stands by, for the sake of time."""
+def space(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    """The address of the studio as a Space runs it for the first time, and its checkout: kernels are yet to be compiled,
+    the pocket model to be calibrated."""
     base = tmp_path_factory.mktemp("space")
     checkout, temporary = base / "app", base / "tmp"
     temporary.mkdir()
@@ -70,10 +69,8 @@ def space(tmp_path_factory: pytest.TempPathFactory, tiny_folder: Path) -> Iterat
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("TRDQ_", "XDG_", "GRADIO_"))}
     port = free_port()
     environment = {
-        **kept, **GIVEN_BY_SPACES, "HOME": str(base / "file" / "home"), "TMPDIR": str(temporary), "TRDQ_PREPARE": "0",
-        "TRDQ_MODEL_ROOT": str(tiny_folder.parent),
+        **kept, **GIVEN_BY_SPACES, "HOME": str(base / "file" / "home"), "TMPDIR": str(temporary),
         "GRADIO_SERVER_NAME": "127.0.0.1", "GRADIO_SERVER_PORT": str(port), "PYTHONDONTWRITEBYTECODE": "1",
-        "TRDQ_CACHE_DIR": str(build.cache_folder().parent),  # kernels compiled before, so that this does not take a minute
     }  # fmt: skip
     with (base / "log").open("w") as log:
         process = subprocess.Popen([sys.executable, "app.py"], cwd=checkout, env=environment, stdout=log, stderr=log)
@@ -111,16 +108,21 @@ def test_a_script_compares_on_a_space_to_the_end(space: tuple[str, Path]) -> Non
     client = client_of(url)
     known = {info["name"]: info for info in client.predict(api_name="/list_models")}
     assert known["pocket-image"]["available"]
-    job = client.submit("tiny-pixart", "rtn-w8a8", "red apple", 2, 3.5, 0, 1, api_name="/compare")
-    found = job.result(timeout=420)
+    job = client.submit("pocket-image", "rtn-w8a8", "red apple", 20, 3.5, 0, 1, api_name="/compare")
+    found = job.result(timeout=420)  # after the preparation, which began before
     assert found["state"] == "done", found
+    assert found["calibration"]["reused"] and found["calibration"]["prompts"] == 16
+    commands = [(run["command"], run["model"], run["state"]) for run in client.predict(api_name="/list_runs")]
+    assert commands == [("compare", "pocket-image", "done"), ("calibrate", "pocket-image", "done")]
+    assert list((checkout.parent / "tmp").rglob("trdq-kernels-*.so")), "the kernels were compiled for this Space"
+    assert found["recipes"]["rtn-w8a8"]["kernels"], "and run"
     assert any(told["state"] == "running" for told in job.outputs()[:-1]), "nothing was told on the way"
     assert set(found["recipes"]) == {"fp", "rtn-w8a8"}
     assert found["recipes"]["rtn-w8a8"]["psnr"] > 20 and not found["recipes"]["rtn-w8a8"]["simulated"]
     for url_of_picture in found["pictures"].values():
         head, _, data = url_of_picture.partition(",")
         assert head == "data:image/png;base64"
-        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (16, 16)
+        assert Image.open(io.BytesIO(base64.b64decode(data))).size == (128, 128)
     assert str(checkout.parent) not in str(found), "a path of the server was told"
     pushed = {path for path in checkout.rglob("*") if "__pycache__" not in path.parts}
     assert {path.relative_to(checkout).parts[0] for path in pushed} == set(PUSHED), (

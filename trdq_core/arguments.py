@@ -16,6 +16,7 @@ from trdq_core.model_flags import (
     add_activations_command,
     add_anyway,
     add_download_command,
+    add_loading,
     add_model_flags,
     add_models_command,
     add_runs_command,
@@ -46,7 +47,7 @@ DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "eva
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 RUN_FIELDS = (
     "model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub", "trace",
-    "height", "width", "frames",
+    "height", "width", "frames", "dtype", "offload",
 )  # fmt: skip
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
@@ -88,6 +89,8 @@ def build_parser() -> Parser:
         _add_steps(one)
         if command != "plan":
             _add_run(one, command)
+        else:
+            add_loading(one)
         _add_json(one)
     _add_attention(commands)
     _add_sensitivity(commands)
@@ -218,6 +221,7 @@ def _add_run(parser: Parser, command: str) -> None:
             help="a plan.json of the attention command; sample shares by it, the others add each recipe with it",
         )
     add_size(parser)
+    add_loading(parser)
     add_anyway(parser)
     if command == "save":
         add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')

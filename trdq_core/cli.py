@@ -120,7 +120,7 @@ def _plan(given: Given) -> None:
         print(json.dumps(whole, indent=2, default=str))
     else:
         print("\n\n".join(terminal.plan_text(name, plan) for name, plan in plans.items()))
-        memory = runs.preflight(spec.model)
+        memory = runs.preflight(spec.model, loading=spec.loading)
         if memory is not None:
             print(f"\n{memory.sentence()}")
 

@@ -17,10 +17,10 @@ def models_text(models: Iterable[Any]) -> str:
 
 
 def _place(model: Any) -> str:
-    """The folder of a model; of one of the hub its id and commit, which is recorded at download where none is pinned."""
+    """The folder of a model; of one of the hub that is not here its id and the commit that would be fetched."""
     if model.path is not None or not model.repo:
         return str(model.path)
-    return f"{model.repo} at {model.revision[:8] if model.revision else 'a revision recorded at download'}"
+    return f"{model.repo} at {str(model.revision)[:8]}"
 
 
 def runs_text(runs: Iterable[Any]) -> str:

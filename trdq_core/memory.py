@@ -11,7 +11,9 @@ from typing import Literal, NamedTuple
 
 import psutil
 
+from trdq_core.adapters.precision import BYTES, choose_dtype
 from trdq_core.errors import MemoryShort, ModelError
+from trdq_core.specs import DEFAULT_LOADING, OFFLOADS, Loading, Offload, Precision
 
 Device = Literal["cpu", "cuda"]
 WORK_BYTES = 256 << 20  # activations, latents and the decoder's buffers, roughly; libraries are in memory already
@@ -29,9 +31,9 @@ class Component(NamedTuple):
 
 
 class Way(NamedTuple):
-    """A way of loading, and what it needs."""
+    """A way of loading, by its flags, and what it needs."""
 
-    name: str
+    flags: str
     needs: int
     fits: bool
 
@@ -58,7 +60,7 @@ class Preflight(NamedTuple):
         said = f"model {self.model}: needs about {gigabytes(self.needs)} of {where} in {self.dtype}"
         if self.fits:
             return f"{said}, {gigabytes(self.has)} are free."
-        ways = [f"{way.name} {gigabytes(way.needs)}{'' if way.fits else ' (too much)'}" for way in self.ways]
+        ways = [f"{gigabytes(way.needs)} with {way.flags}{'' if way.fits else ' (too much)'}" for way in self.ways]
         others = f"; it would need {', '.join(ways)}" if ways else ""
         return f"{said} and {gigabytes(self.has)} are free{others}; free some, choose a smaller model, or load it --anyway."
 
@@ -110,15 +112,17 @@ def _block_of(key: str) -> str:
     return found[1] if found else key.partition(".")[0]
 
 
-def preflight(name: str, folder: Path | None, device: Device) -> Preflight | None:
+def preflight(
+    name: str, folder: Path | None, device: Device, loading: Loading = DEFAULT_LOADING
+) -> Preflight | None:  # fmt: skip
     """What the model in `folder` needs on `device` and what that has; None for the built-in one of random weights."""
     if folder is None:
         return None
     parts = components_of(folder)
-    width, dtype = (2, "float16") if device == "cuda" else (4, "float32")
+    dtype = choose_dtype(folder, loading.dtype, device)
     has = free_gpu_memory() if device == "cuda" else free_memory()
-    ways = [Way(said, needs, needs <= has) for said, needs in _other_ways(parts, device, width)]
-    return Preflight(name, device, dtype, parts, _needed(parts, width), has, tuple(ways))
+    ways = [Way(_flags(one), needs, needs <= has) for one, needs in _other_ways(parts, folder, device, loading)]
+    return Preflight(name, device, dtype, parts, _needed(parts, BYTES[dtype], loading.offload), has, tuple(ways))
 
 
 def check_memory(found: Preflight | None) -> None:
@@ -127,28 +131,42 @@ def check_memory(found: Preflight | None) -> None:
         raise MemoryShort(found.sentence())
 
 
-def _needed(parts: tuple[Component, ...], width: int) -> int:
-    """All weights at `width` bytes each, a quantized copy of the denoiser at 8 bits beside them, and room to work."""
-    return sum(part.parameters for part in parts) * width + _denoiser(parts) + WORK_BYTES
+def _needed(parts: tuple[Component, ...], width: int, offload: Offload) -> int:
+    """The weights on the device at `width` bytes each, a quantized copy of the denoiser at 8 bits, and room to work.
+
+    With offload that is the denoiser and the largest other part, or that part's largest block.
+    """
+    denoiser = sum(part.parameters for part in parts if part.name == DENOISER)
+    others = [part for part in parts if part.name != DENOISER]
+    if offload == "sequential":
+        beside = max((part.largest_block for part in others), default=0)
+    elif offload == "model":
+        beside = max((part.parameters for part in others), default=0)
+    else:
+        beside = sum(part.parameters for part in others)
+    return (denoiser + beside) * width + denoiser + WORK_BYTES
 
 
-def _denoiser(parts: tuple[Component, ...]) -> int:
-    return sum(part.parameters for part in parts if part.name == DENOISER)
+def _other_ways(
+    parts: tuple[Component, ...], folder: Path, device: Device, loading: Loading
+) -> list[tuple[Loading, int]]:  # fmt: skip
+    """Ways of loading that need less, with their bytes, from the least change to the most."""
+    precisions: list[Precision] = [loading.dtype, *(("bf16",) if loading.dtype != "bf16" else ())]
+    offloads = OFFLOADS[OFFLOADS.index(loading.offload) :] if device == "cuda" else (loading.offload,)
+    found, least = [], _needed(parts, BYTES[choose_dtype(folder, loading.dtype, device)], loading.offload)
+    for one in (Loading(dtype, offload) for dtype in precisions for offload in offloads):
+        needs = _needed(parts, BYTES[choose_dtype(folder, one.dtype, device)], one.offload)
+        if needs < least:
+            least = needs
+            found.append((one, needs))
+    return found
 
 
-def _other_ways(parts: tuple[Component, ...], device: Device, width: int) -> list[tuple[str, int]]:
-    """Ways that need less, with their bytes: two bytes a weight, text encoders run first and freed, offload from a GPU."""
-    encoders = sum(part.parameters for part in parts if part.name.startswith("text_encoder"))
-    rest = sum(part.parameters for part in parts) - encoders
-    copy = _denoiser(parts) + WORK_BYTES
-    ways = [("in bfloat16", _needed(parts, 2))] if width > 2 else []
-    if encoders:
-        said = "in bfloat16 with the text encoders run first and then freed"
-        ways.append((said, max(encoders * 2 + WORK_BYTES, rest * 2 + copy)))
-    if device == "cuda":
-        ways.append(("with model offload", max(part.parameters for part in parts) * width + copy))
-        ways.append(("with sequential offload", max(part.largest_block for part in parts) * width + WORK_BYTES))
-    return ways
+def _flags(loading: Loading) -> str:
+    """The flags that ask for a way of loading."""
+    dtype = [f"--dtype {loading.dtype}"] if loading.dtype != "auto" else []
+    offload = [f"--offload {loading.offload}"] if loading.offload != "none" else []
+    return " ".join(dtype + offload)
 
 
 def free_memory() -> int:

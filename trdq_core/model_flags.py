@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from trdq_core.specs import OFFLOADS, PRECISIONS
+
 ROOT_HELP = "also list the diffusers folders in DIR, by name"
 
 
@@ -19,6 +21,22 @@ def add_anyway(parser: argparse.ArgumentParser) -> None:
     """Going on where memory seems short."""
     parser.add_argument(
         "--anyway", action="store_true", help="load the model even where the memory check says that it does not fit"
+    )
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """In which precision the model is loaded, and what of it waits outside of the GPU."""
+    add = parser.add_argument
+    add(
+        "--dtype",
+        choices=PRECISIONS,
+        help="precision of the full-precision model (default auto: FP32 on a CPU, as it was published on a GPU)",
+    )
+    add(
+        "--offload",
+        choices=OFFLOADS,
+        help="keep text encoders and autoencoder off the GPU while they do nothing, whole (model) or layer by layer "
+        "(sequential); the denoiser stays on it (default none)",
     )
 
 

@@ -10,6 +10,7 @@ from trdq_core import local_models
 from trdq_core.errors import ModelError
 from trdq_core.hub import store
 from trdq_core.hub.known import KNOWN_MODELS
+from trdq_core.specs import DEFAULT_LOADING, Loading
 
 if TYPE_CHECKING:
     from trdq_core.memory import Device, Preflight
@@ -30,7 +31,7 @@ class ModelInfo(NamedTuple):
     reason: str
     source: str = "repository"  # "folder" under --model-root, or "hub"
     repo: str | None = None
-    revision: str | None = None  # the commit that is here or would be fetched; None: recorded when it is downloaded
+    revision: str | None = None  # of the hub: the commit that is here or would be fetched
 
 
 def models() -> list[ModelInfo]:
@@ -121,35 +122,46 @@ def find_folder(name: str) -> Path | None:
     return info.path if info is not None else Path(name)
 
 
-def memory_of(name: str, device: Device | None = None) -> Preflight | None:
+def memory_of(
+    name: str, device: Device | None = None, loading: Loading = DEFAULT_LOADING
+) -> Preflight | None:  # fmt: skip
     """What a model needs in memory and what there is, before it is loaded; None for the one with random weights.
 
-    `device` is where it would run; by default a GPU if torch sees one.
+    `device` is where it would run; by default a GPU if torch sees one. ModelError where there is nothing to offload from.
     """
     folder = find_folder(name)
+    from trdq_core.adapters.precision import check_loading, default_device
     from trdq_core.memory import preflight
 
-    if device is None:
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    return preflight(name, folder, device)
+    device = device or default_device()
+    check_loading(name, folder, loading, device)
+    return preflight(name, folder, device, loading)
 
 
-def load_model(name: str, *, anyway: bool = True, size: Mapping[str, int] | None = None) -> SampledModel:
+def load_model(
+    name: str,
+    *,
+    anyway: bool = True,
+    size: Mapping[str, int] | None = None,
+    loading: Loading = DEFAULT_LOADING,
+) -> SampledModel:
     """The model called `name`, or in the diffusers folder `name` (command line only); ModelError says what is wrong.
 
     `size` holds height, width and frames where they are not the model's own; ModelError if it does not make that size.
-    Unless `anyway`, MemoryShort where it needs more memory than there is.
+    `loading` says in which precision, and what of it is offloaded. Unless `anyway`, MemoryShort where it needs more memory
+    than there is.
     """
     folder = find_folder(name)
+    from trdq_core.adapters.precision import check_loading, default_device
+
+    check_loading(name, folder, loading, default_device())
     if not anyway:
         from trdq_core.memory import check_memory
 
-        check_memory(memory_of(name))
+        check_memory(memory_of(name, loading=loading))
     from trdq_core.adapters import load_adapter  # diffusers takes seconds to import; listing models must not wait
 
-    return load_adapter(listed_name(name), folder, size)
+    return load_adapter(listed_name(name), folder, size, loading)
 
 
 def layers_of_model(name: str) -> tuple[LayerInfo, ...]:

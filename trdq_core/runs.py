@@ -28,7 +28,7 @@ from trdq_core.models import (
     models,
     notes_of_model,
 )
-from trdq_core.specs import Recipe, RunSpec
+from trdq_core.specs import DEFAULT_LOADING, Loading, Recipe, RunSpec
 
 if TYPE_CHECKING:
     from trdq_core.hub.store import Downloaded
@@ -55,9 +55,9 @@ def plan(model: str, recipe: Recipe, *, backend: str | None = None, steps: int =
     return made._replace(notes=(*made.notes, *notes_of_model(model))) if recipe.quantized else made
 
 
-def preflight(model: str, device: Device | None = None) -> Preflight | None:
+def preflight(model: str, device: Device | None = None, *, loading: Loading = DEFAULT_LOADING) -> Preflight | None:
     """What a model needs in memory and what there is, from file headers; None for the one with random weights."""
-    return memory_of(model, device)
+    return memory_of(model, device, loading)
 
 
 def download(

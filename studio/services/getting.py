@@ -26,8 +26,8 @@ def line(name: Any) -> str:
     model = next((model for model in KNOWN_MODELS if model.name == name), None)
     if model is None:
         return ""
-    revision = f"revision {model.revision[:8]}" if model.revision else "newest revision, recorded at download"
-    said = f"{model.repo}, {revision}. Safetensors only; size and free disk are looked at before it begins."
+    pinned = f"{model.repo}, revision {str(model.revision)[:8]}"
+    said = f"{pinned}. Safetensors only; size and free disk are looked at before it begins."
     return f'<p class="tr-small">{escape(said)}</p>'
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,12 +26,23 @@ from trdq_core.sampling import sample
 from trdq_core.specs import Recipe
 
 PROMPT, GUIDANCE, STEPS = "red apple", 3.0, 2
+LIMIT_SECONDS = 360
 KEPT_ROLES = {"embed", "modulation", "final", "skip", "uncalled"}
 BACKEND = dispatch.select_backend(torch.device("cpu"))
 RECIPES = {
     "rtn-w8a8": (make_recipe("rtn", weight_bits=8, activation_bits=8), 0.05),
     "tr-dq-w4a8": (make_recipe("tr-dq", weight_bits=4, activation_bits=8, groups=2, group_kind="per_step"), 0.25),
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _all_families_within_six_minutes() -> Iterator[None]:
+    """Fail where everything here, fixtures included, took longer than 6 minutes on the processor. Its time and not the
+    clock's is asked for, so that other work on the machine does not count."""
+    before = time.process_time()
+    yield
+    spent = time.process_time() - before
+    assert spent < LIMIT_SECONDS, f"{spent:.0f} s of processor time; all families together have {LIMIT_SECONDS}"
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

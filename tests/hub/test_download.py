@@ -64,7 +64,8 @@ def test_a_model_arrives_whole_without_pickles_code_or_other_precisions(hub: Fak
     counted = [event for event in events if event["kind"] == "progress"]
     assert [event["done"] for event in counted] == sorted(event["done"] for event in counted)
     assert counted[-1]["done"] == counted[-1]["total"]
-    assert "Downloading owner/tiny-pixart at 01234567" in next(e["label"] for e in events[1:] if e["kind"] == "stage")
+    said = next(e["label"] for e in events[1:] if e["kind"] == "stage")
+    assert "Downloading owner/tiny-pixart at 01234567 (its newest revision; no other was asked for)" in said
 
 
 def test_a_fetched_model_is_listed_and_loads_by_name_and_by_id(hub: FakeHub) -> None:
@@ -162,7 +163,7 @@ def test_the_closed_list_is_well_formed() -> None:
     )
     for model in KNOWN_MODELS:
         assert check_id(model.repo) and "/" not in model.name
-        assert model.revision is None or (len(model.revision) == 40 and int(model.revision, 16))
+        assert model.revision is not None and len(model.revision) == 40 and int(model.revision, 16)
         assert wanted(model.name) == wanted(model.repo) == model
     assert wanted("owner/name") == HubModel("owner--name", "owner/name", None, "image", "owner/name of the hub.")
     with pytest.raises(ModelError, match="models of the hub are pixart-sigma-512"):

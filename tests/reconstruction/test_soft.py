@@ -64,6 +64,16 @@ def test_gradients_pass_the_rounding_of_the_input() -> None:
     assert torch.allclose(x.grad, soft.soft_weight().sum(0).expand(5, -1), atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_models_in_half_precision_learn_in_full(dtype: torch.dtype) -> None:
+    soft = soft_linear(GRIDS["channel"], input=InputGrid(TOKENS), low_rank=torch.ones(24, 64).double())
+    x = torch.randn(5, 64, generator=torch.Generator().manual_seed(3)).to(dtype)
+    y = soft(x)
+    assert y.dtype is dtype and torch.equal(y, soft(x.float()).to(dtype))
+    y.float().square().sum().backward()
+    assert soft.v.grad is not None and soft.v.grad.dtype is torch.float32 and soft.v.grad.abs().sum() > 0
+
+
 def test_dynamic_inputs_are_rounded_token_by_token() -> None:
     x = torch.randn(3, 7, 64)
     spec = QuantSpec(bits=4, symmetric=False, granularity="token", dynamic=True)

@@ -24,7 +24,7 @@ def test_the_closed_list_is_offered_with_its_revisions(core: FakeCore) -> None:
     offered = dict((name, label) for label, name in getting.choices(core))
     assert set(offered) == {model.name for model in KNOWN_MODELS}
     assert "revision b940f670" in getting.line("sd3.5-medium")
-    assert "newest revision, recorded at download" in getting.line("cogview4")
+    assert "zai-org/CogView4-6B, revision 63a52b7f." in getting.line("cogview4")
     assert getting.line("nobody") == ""
 
 

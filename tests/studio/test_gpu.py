@@ -11,9 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio
 import pytest
 
+from studio.jobs import Worker
 from studio.services import gpu
+from studio.services.work import prepare
 from tests.studio.fake_core import FakeCore
 from trdq_core.errors import Cancelled, TRDQError
 from trdq_core.presets import make_recipe, parse_recipe
@@ -112,6 +115,75 @@ def test_what_goes_wrong_there_is_a_sentence_here(
         gpu.run(SPEC, tmp_path / "runs" / "one", lambda event: None, lambda: False)
 
 
+def refused_by_the_lender(error: Exception) -> Callable[..., Iterator[Any]]:
+    """A run whose GPU is not lent, or taken back after its first event."""
+
+    def run(*arguments: Any) -> Iterator[Any]:
+        yield {"kind": "stage", "stage": "load", "label": "Loading", "recipe": None}
+        raise error
+
+    return run
+
+
+QUOTA = gradio.Error(
+    "You have exceeded your free ZeroGPU quota (60s requested vs. 10s left). Try again in 1:00:00. ",
+    title="ZeroGPU quota exceeded", print_exception=False,
+)  # fmt: skip
+CRASH = gradio.Error("KeyError", title="ZeroGPU worker error", print_exception=False)
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (QUOTA, r"ZeroGPU quota exceeded: .*60s requested vs\. 10s left.*1:00:00; sign in, ask for fewer prompts"),
+        (gradio.Error("GPU task aborted", title="ZeroGPU worker error"), "taken back .* fewer prompts or steps"),
+        (CRASH, "was not foreseen"),
+        (RuntimeError("ZeroGPU API /schedule error: 500"), "was not foreseen"),
+    ],
+)
+def test_what_the_lender_says_is_a_sentence(
+    error: Exception, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "run_events", refused_by_the_lender(error))
+    events: list[Any] = []
+    with pytest.raises(TRDQError, match=said) as told:
+        gpu.run(SPEC, tmp_path / "one", events.append, lambda: False)
+    assert len(events) == 1 and "Error" not in str(told.value)
+    worker = Worker()
+    job = worker.submit("a", "run", lambda say, cancelled: gpu.run(SPEC, tmp_path / "two", say, cancelled))
+    job.wait_finished(5)
+    assert (job.state, job.text) == ("failed", str(told.value))
+
+
+def test_leaving_while_it_waits_is_a_cancellation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = RuntimeError("Connection closed by visitor while queueing")
+    monkeypatch.setattr(gpu, "run_events", refused_by_the_lender(error))
+    with pytest.raises(Cancelled, match="left while it waited"):
+        gpu.run(SPEC, tmp_path / "one", lambda event: None, lambda: False)
+
+
+def test_the_time_asked_for_follows_the_models_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, stored = gpu._size_of("pocket-image")
+    assert 9e6 < parameters < 12e6 and stored > 2 * parameters, "the text encoder and the decoder are read as well"
+    linear = SimpleNamespace(in_features=30_000, out_features=20_000)
+    monkeypatch.setattr("trdq_core.models.layers_of_model", lambda model: [linear])
+    assert gpu._size_of("random-pixart-xl-28") == (600_000_000, 0)
+    asked = RunSpec(**{**vars(SPEC), "steps": 20}).to_json()
+    small = gpu.seconds_for(asked, "", "")
+    monkeypatch.setattr(gpu, "_size_of", lambda model: (2_600_000_000, 0))
+    large = gpu.seconds_for(asked, "", "")
+    assert large - small >= 19, "4 pictures of 20 steps, a quarter of a second longer each"
+    monkeypatch.setattr(gpu, "_size_of", lambda model: (0, 20 * 10**9))
+    assert gpu.seconds_for(asked, "", "") >= small + 19, "20 GB are read first"
+
+
+def test_a_stored_calibration_is_not_paid_for_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = RunSpec(**{**vars(SPEC), "calibration_prompts": ("owl",) * 40, "steps": 20}).to_json()
+    before = gpu.seconds_for(spec, "", "")
+    monkeypatch.setattr("trdq_core.runs.find_calibration", lambda spec: "there")
+    assert gpu.seconds_for(spec, "", "") < before
+
+
 def test_the_time_asked_for_grows_with_the_run_and_has_bounds() -> None:
     def asked(**changes: Any) -> int:
         return gpu.seconds_for(RunSpec(**{**vars(SPEC), **changes}).to_json(), "", "")
@@ -119,3 +191,22 @@ def test_the_time_asked_for_grows_with_the_run_and_has_bounds() -> None:
     assert asked(prompts=("owl",) * 20, steps=20) > asked()
     assert asked(prompts=("owl",) * 200, steps=200) == gpu.MOST_SECONDS
     assert asked(recipes=()) >= gpu.LEAST_SECONDS
+
+
+def test_the_first_calibration_is_made_on_the_lent_gpu(lent: dict[str, Any], core: FakeCore) -> None:
+    job = prepare(core, Worker())
+    assert job is not None
+    job.wait_finished(20)
+    assert job.state == "done" and (job.result / "report.json").is_file()
+    assert core.runs.calls == [], "it ran in this process, which has no GPU"
+
+
+def test_without_a_quota_for_it_the_log_says_so(
+    lent: dict[str, Any], core: FakeCore, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(gpu, "run_events", refused_by_the_lender(QUOTA))
+    job = prepare(core, Worker())
+    assert job is not None
+    job.wait_finished(20)
+    assert job.state == "failed" and "quota exceeded" in job.text
+    assert "first calibration of pocket-image was not done: ZeroGPU quota exceeded" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import logging
 import threading
 import time
@@ -51,6 +52,31 @@ def test_events_come_in_order_and_none_is_lost() -> None:
     job = worker.submit("a", "count", work)
     assert [event["done"] for event in drain(worker, job)] == list(range(200))
     assert (job.state, job.result) == ("done", 7)
+
+
+def test_a_job_has_the_context_of_the_request_that_asked_for_it() -> None:
+    worker, release = Worker(), threading.Event()
+    visitor: contextvars.ContextVar[str] = contextvars.ContextVar("visitor", default="nobody")
+    first = worker.submit("x", "blocks the line", blocking(release))
+    jobs = []
+    for name in ("ann", "ben"):
+        token = visitor.set(name)
+        jobs.append(worker.submit(name, "ask", lambda say, cancelled: visitor.get()))
+        visitor.reset(token)
+    release.set()
+    until(lambda: all(job.finished for job in (first, *jobs)))
+    assert [job.result for job in jobs] == ["ann", "ben"]
+
+
+def test_a_lent_gpu_is_asked_for_in_the_name_of_the_visitor() -> None:
+    from gradio.context import LocalContext  # where the package that lends it looks for his token
+
+    worker = Worker()
+    token = LocalContext.request.set("his request")
+    job = worker.submit("a", "run", lambda say, cancelled: LocalContext.request.get(None))
+    LocalContext.request.reset(token)
+    until(lambda: job.finished)
+    assert job.result == "his request"
 
 
 def test_only_one_job_holds_the_model() -> None:

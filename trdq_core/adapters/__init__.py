@@ -8,9 +8,12 @@ from pathlib import Path
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import SampledModel
+from trdq_core.specs import DEFAULT_LOADING, Loading
 
 
-def load_adapter(name: str, folder: Path | None, size: Mapping[str, int] | None = None) -> SampledModel:
+def load_adapter(
+    name: str, folder: Path | None, size: Mapping[str, int] | None = None, loading: Loading = DEFAULT_LOADING
+) -> SampledModel:
     """The model in `folder`, or the built-in random one where there is no folder; ModelError says what is wrong.
 
     `size` holds height, width and frames that are not the model's own; most families with an adapter of theirs have one size.
@@ -28,11 +31,11 @@ def load_adapter(name: str, folder: Path | None, size: Mapping[str, int] | None 
     reads_text = index.get("text_encoder") not in (None, [None, None])
     if index["_class_name"] in latte.PIPELINES and reads_text:
         _check_one_size(name, size)
-        return latte.LatteModel(folder, shown)
+        return latte.LatteModel(folder, shown, loading)
     if index["_class_name"] in pixart.PIPELINES and reads_text:
         _check_one_size(name, size)
-        return pixart.PixArtModel(folder, shown)
-    model = generic.TransformerModel(folder, shown, size)
+        return pixart.PixArtModel(folder, shown, loading)
+    model = generic.TransformerModel(folder, shown, size, loading)
     model.check_size()
     return model
 

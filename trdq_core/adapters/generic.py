@@ -32,25 +32,32 @@ from trdq_core.adapters.stock_run import StockRun
 from trdq_core.errors import ModelError
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import ClipShape, Conditioning, OnStep
+from trdq_core.specs import DEFAULT_LOADING, Loading
 from trdq_core.timegroups import TimeArgument
 from trdq_core.video_files import FPS
 
 
 class TransformerModel(PipelineModel):
-    """A pipeline with a transformer as something that can be calibrated and compared. FP32 on a CPU, FP16 on a GPU.
+    """A pipeline with a transformer as something that can be calibrated and compared.
 
     `size` holds height and width in pixels and frames, where they are not the pipeline's own. Prompts are encoded once and
     kept; `provide` hands over embeddings, so a pipeline without text encoders will do.
     """
 
-    def __init__(self, folder: Path, name: str | None = None, size: Mapping[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str | None = None,
+        size: Mapping[str, int] | None = None,
+        loading: Loading = DEFAULT_LOADING,
+    ) -> None:
         index = check_folder(folder, None)
         if not hasattr(diffusers, str(index["_class_name"])):
             raise ModelError(
                 f"model {folder.name}: its pipeline {index['_class_name']} is not one of diffusers {diffusers.__version__}; "
                 "pipelines with code of their own are not run, update diffusers if it is newer."
             )
-        super().__init__(folder, None, name)
+        super().__init__(folder, None, name, loading)
         self._begin(size)
 
     @classmethod

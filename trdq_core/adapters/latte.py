@@ -15,6 +15,7 @@ from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
 from trdq_core.errors import ShapeError
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import ClipShape, Conditioning, OnStep
+from trdq_core.specs import DEFAULT_LOADING, Loading
 
 PIPELINES = ("LattePipeline",)
 FPS = 8.0  # of the clips that Latte was trained on
@@ -23,13 +24,13 @@ _EMBEDS = ("prompt_embeds", "negative_prompt_embeds")
 
 
 class LatteModel(PipelineModel):
-    """A Latte pipeline as something that can be calibrated and compared. FP32 on a CPU, FP16 on a GPU.
+    """A Latte pipeline as something that can be calibrated and compared.
 
     The denoiser is handed one timestep for each clip in the batch and repeats it for frames and patches by itself.
     """
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        super().__init__(folder, PIPELINES, name)
+    def __init__(self, folder: Path, name: str | None = None, loading: Loading = DEFAULT_LOADING) -> None:
+        super().__init__(folder, PIPELINES, name, loading)
 
     @property
     def frames(self) -> int:

@@ -13,17 +13,19 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from trdq_core.adapters.folder import check_folder, check_weights, weights_digest
+from trdq_core.adapters.precision import bring, choose_dtype, default_device, place
 from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.errors import ModelError
 from trdq_core.nn.modules import align
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import ClipShape
+from trdq_core.specs import DEFAULT_LOADING, Loading
 from trdq_core.timegroups import TimeArgument
 
 
 class PipelineModel:
-    """A pipeline with a transformer, a decoder and a text encoder. FP32 on a CPU, FP16 on a GPU.
+    """A pipeline with a transformer, a decoder and a text encoder, loaded as `adapters.precision` says.
 
     Subclasses add what differs between families: encoding, initial latents, the call that denoises, decoding.
     """
@@ -31,14 +33,20 @@ class PipelineModel:
     timestep_argument: TimeArgument | str = "timestep"
     clip: ClipShape | None = None  # families that make clips say so
 
-    def __init__(self, folder: Path, pipelines: Sequence[str] | None, name: str | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        pipelines: Sequence[str] | None,
+        name: str | None = None,
+        loading: Loading = DEFAULT_LOADING,
+    ) -> None:
         index = check_folder(folder, pipelines)
         absent = {part: None for part, kind in index.items() if kind == [None, None]}  # saved without, loaded without
         self._files = sorted((folder / "transformer").glob("*.safetensors"))
         check_weights(self._files, folder)
         self.name = name or folder.name
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        device = torch.device(default_device())
+        dtype = getattr(torch, choose_dtype(folder, loading.dtype, device.type))
         try:
             with without_progress_bars():
                 self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
@@ -47,7 +55,7 @@ class PipelineModel:
             raise ModelError(
                 f"model {folder.name}: diffusers could not load it ({reason}); copy the folder again."
             ) from error
-        self.pipeline.to(device)
+        place(self.pipeline, device, loading.offload)
         self._settle(device, dtype)
 
     def _settle(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -68,7 +76,7 @@ class PipelineModel:
     @torch.no_grad()
     def encoder_features(self, pictures: np.ndarray) -> list[Tensor]:
         """Outputs of every stage of the autoencoder's encoder for pictures (n, height, width, 3) uint8, fp32 on the CPU."""
-        vae, seen = self.pipeline.vae, []
+        vae, seen = bring(self.pipeline.vae), []
         stages = (*vae.encoder.down_blocks, vae.encoder.mid_block)
         handles = [stage.register_forward_hook(lambda module, args, out: seen.append(out)) for stage in stages]
         try:

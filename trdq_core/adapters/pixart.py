@@ -13,6 +13,7 @@ from torch import Tensor
 from trdq_core.adapters.pipelines import PipelineModel, linears_from_config
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import Conditioning, OnStep
+from trdq_core.specs import DEFAULT_LOADING, Loading
 
 PIPELINES = ("PixArtSigmaPipeline", "PixArtAlphaPipeline")
 MAX_TOKENS = 32
@@ -20,10 +21,10 @@ _EMBEDS = ("prompt_embeds", "prompt_attention_mask", "negative_prompt_embeds", "
 
 
 class PixArtModel(PipelineModel):
-    """A PixArt pipeline as something that can be calibrated and compared. FP32 on a CPU, FP16 on a GPU."""
+    """A PixArt pipeline as something that can be calibrated and compared."""
 
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        super().__init__(folder, PIPELINES, name)
+    def __init__(self, folder: Path, name: str | None = None, loading: Loading = DEFAULT_LOADING) -> None:
+        super().__init__(folder, PIPELINES, name, loading)
         self._tokens = min(MAX_TOKENS, self.pipeline.tokenizer.model_max_length)
 
     @torch.no_grad()

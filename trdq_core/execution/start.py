@@ -28,11 +28,13 @@ COMMANDS = {
     "evaluate": evaluate, "sensitivity": sensitivity, "save": save,
 }  # fmt: skip
 
+LABELS = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+
 
 def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> dict[str, Any]:
     """Do what `spec` says; the report is written as soon as there is something to report, and after each recipe."""
     folder.emit({"kind": "stage", "stage": "load", "label": f"Loading {spec.model}", "recipe": None})
-    model = load_model(spec.model, anyway=spec.anyway, size=spec.size)
+    model = load_model(spec.model, anyway=spec.anyway, size=spec.size, loading=spec.loading)
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     try:
@@ -48,15 +50,15 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
 
 def _header(session: Session) -> dict[str, Any]:
     model, spec = session.model, session.spec
-    gpu = model.device.type == "cuda"
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "format_version": REPORT_VERSION,
         "command": spec.command,
         "model": spec.model,
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "reference": {
-            "label": "FP16" if gpu else "FP32",
-            "dtype": str(model.dtype).removeprefix("torch."),
+            "label": LABELS.get(dtype, dtype),
+            "dtype": dtype,
             "device": model.device.type,
         },
         "machine": profiling.machine(),

@@ -75,9 +75,9 @@ def download(
     offer = look_up(model, anonymous=anonymous)
     check_disk(offer)
     _forget_other_revision(folder, offer.revision)
-    said = (
-        f"{model.repo} at {offer.revision[:8]}, {offer.bytes / 1e9:.2f} GB, {offer.missing_bytes / 1e9:.2f} GB to fetch"
-    )
+    newest = "" if offer.pinned else " (its newest revision; no other was asked for)"
+    size = f"{offer.bytes / 1e9:.2f} GB, {offer.missing_bytes / 1e9:.2f} GB to fetch"
+    said = f"{model.repo} at {offer.revision[:8]}{newest}, {size}"
     on_event(_stage(f"Downloading {said}"))
     counter = _Counter(offer, on_event, cancelled or (lambda: False))
     token = False if anonymous else None

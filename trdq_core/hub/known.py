@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class HubModel(NamedTuple):
-    """A model of the hub. Without a `revision` the newest is taken, and its commit is recorded when it is downloaded."""
+    """A model of the hub. One that is asked for by its id has no `revision`: the newest is taken, and its commit recorded."""
 
     name: str
     repo: str
@@ -15,8 +15,8 @@ class HubModel(NamedTuple):
     description: str
 
 
-# Revisions are commits at which each repository was in public use as a diffusers folder. Where none could be found in
-# public text there is none here: an invented one would be refused by the hub, or worse, not be what was tried.
+# Revisions are commits at which each repository was in public use as a diffusers folder, as public text has them. A model
+# of which none could be found is not listed (Lumina-Image 2.0): it can be fetched by its id, at its newest revision.
 KNOWN_MODELS = (
     HubModel(
         "pixart-sigma-512", "PixArt-alpha/PixArt-Sigma-XL-2-512-MS", "76fb7eb5a9314bc1e4e479d2f13447517fca9be4",
@@ -53,10 +53,16 @@ KNOWN_MODELS = (
         "z-image-turbo", "Tongyi-MAI/Z-Image-Turbo", "f332072aa78be7aecdf3ee76d5c247082da564a6",
         "image", "Z-Image turbo, 6 B, few steps.",
     ),
-    HubModel("hunyuandit-1.2", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", None, "image", "HunyuanDiT 1.2, 1.5 B."),
-    HubModel("lumina-image-2", "Alpha-VLLM/Lumina-Image-2.0", None, "image", "Lumina-Image 2.0, 2.6 B."),
-    HubModel("auraflow-0.3", "fal/AuraFlow-v0.3", None, "image", "AuraFlow 0.3, 6.8 B."),
-    HubModel("cogview4", "THUDM/CogView4-6B", None, "image", "CogView4, 6 B."),
+    HubModel(
+        "hunyuandit-1.2", "Tencent-Hunyuan/HunyuanDiT-v1.2-Diffusers", "5e96094e0ad19e7f475de8711f03634ca0ccc40c",
+        "image", "HunyuanDiT 1.2, 1.5 B.",
+    ),
+    HubModel(
+        "auraflow-0.3", "fal/AuraFlow-v0.3", "2cd8588f04c886002be4571697d84654a50e3af3", "image", "AuraFlow 0.3, 6.8 B.",
+    ),
+    HubModel(
+        "cogview4", "zai-org/CogView4-6B", "63a52b7f6dace7033380cd6da14d0915eab3e6b5", "image", "CogView4, 6 B.",
+    ),
     HubModel("latte-1", "maxin-cn/Latte-1", "0653024365272f061fc44d1078134df22842b687", "video", "Latte, 0.7 B."),
     HubModel(
         "wan2.1-1.3b", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "0fad780a534b6463e45facd96134c9f345acfa5b",

@@ -26,9 +26,9 @@ class RoundedInput:
         self._last: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
-        """T(x) on its grid, (items, ..., channels)."""
+        """T(x) on its grid, (items, ..., channels) fp32, whatever the precision of x."""
         if self._last is None or self._last[0] is not x:
-            exact = self.transform.apply(x)
+            exact = self.transform.apply(x.float())
             rounded = exact if self.grid.spec is None else exact + (self.round(exact.detach()) - exact).detach()
             self._last = (x, rounded)
         return self._last[1]
@@ -68,10 +68,12 @@ class SoftLinear(nn.Module):
         self.hard: Tensor | None = None
 
     def forward(self, x: Tensor, *args: object) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """x (..., in) to (..., out), computed in fp32, in x's dtype."""
         weight = self.soft_weight() if self.hard is None else self.hard
         y = functional.linear(self.rounded(x), weight, self.bias)
-        return y if self.low_rank is None else y + functional.linear(x, self.low_rank)
+        if self.low_rank is not None:
+            y = y + functional.linear(x.float(), self.low_rank)
+        return y.to(x.dtype)
 
     def soft_weight(self) -> Tensor:
         """W_soft (out, in) fp32."""

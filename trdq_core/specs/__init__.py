@@ -28,12 +28,24 @@ from trdq_core.specs.recipe import (
     TimeGroupKind,
     TimeGroupSpec,
 )
-from trdq_core.specs.run import MAX_PROMPT, Command, RunSpec, check_prompt
+from trdq_core.specs.run import (
+    DEFAULT_LOADING,
+    MAX_PROMPT,
+    OFFLOADS,
+    PRECISIONS,
+    Command,
+    Loading,
+    Offload,
+    Precision,
+    RunSpec,
+    check_prompt,
+)
 
 __all__ = [
-    "ACTIVATION_BITS", "FORMAT_VERSION", "MAX_PROMPT", "ROUNDINGS", "SHARING_MEASURES", "SKIPPED_GUIDANCE",
-    "STORAGE_MODES", "TIME_GROUP_KINDS", "TIME_SPAN", "WEIGHT_BITS", "AttentionSpec", "Command", "Granularity",
-    "LayerRule", "LowRankSpec", "QuantSpec", "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure",
-    "SharingSpec", "SkippedGuidance", "Spec", "Storage", "TimeGroupKind", "TimeGroupSpec", "TransformKind",
-    "TransformSpec", "check_prompt",
+    "ACTIVATION_BITS", "DEFAULT_LOADING", "FORMAT_VERSION", "MAX_PROMPT", "OFFLOADS", "PRECISIONS", "ROUNDINGS",
+    "SHARING_MEASURES", "SKIPPED_GUIDANCE", "STORAGE_MODES", "TIME_GROUP_KINDS", "TIME_SPAN", "WEIGHT_BITS",
+    "AttentionSpec", "Command", "Granularity", "LayerRule", "Loading", "LowRankSpec", "Offload", "Precision",
+    "QuantSpec", "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure", "SharingSpec",
+    "SkippedGuidance", "Spec", "Storage", "TimeGroupKind", "TimeGroupSpec", "TransformKind", "TransformSpec",
+    "check_prompt",
 ]  # fmt: skip

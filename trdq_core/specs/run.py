@@ -3,13 +3,33 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from trdq_core.errors import RecipeError
 from trdq_core.specs.base import Spec
 from trdq_core.specs.recipe import Recipe, SharingSpec
 
 Command = Literal["calibrate", "sample", "compare", "profile", "attention", "evaluate", "sensitivity", "save"]
+
+
+Precision = Literal["auto", "fp32", "fp16", "bf16"]
+Offload = Literal["none", "model", "sequential"]
+PRECISIONS: tuple[Precision, ...] = ("auto", "fp32", "fp16", "bf16")
+OFFLOADS: tuple[Offload, ...] = ("none", "model", "sequential")
+
+
+class Loading(NamedTuple):
+    """How a model is loaded: in which precision, and what of it waits in the machine's memory while others use the GPU.
+
+    "auto" is FP32 on a CPU, and on a GPU the half precision that the model was published in. What is offloaded are text
+    encoders and autoencoder, whole ("model") or layer by layer ("sequential"); the denoiser, which is measured, stays.
+    """
+
+    dtype: Precision = "auto"
+    offload: Offload = "none"
+
+
+DEFAULT_LOADING = Loading()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +55,8 @@ class RunSpec(Spec):
     height: int | None = None  # in pixels; None: what the pipeline makes by itself
     width: int | None = None
     frames: int | None = None
+    dtype: Precision = "auto"  # of the full-precision model; see Loading
+    offload: Offload = "none"
     anyway: bool = False  # load the model even where the memory check says that it does not fit
 
     def __post_init__(self) -> None:
@@ -70,6 +92,11 @@ class RunSpec(Spec):
                     f"groups: got {groups} timestep groups for {self.steps} steps in {recipe.name}; "
                     "use at most as many groups as steps."
                 )
+
+    @property
+    def loading(self) -> Loading:
+        """How the model is to be loaded."""
+        return Loading(self.dtype, self.offload)
 
     @property
     def size(self) -> dict[str, int]:
