@@ -32,6 +32,13 @@ from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 
 OBSERVED_RANGES = ("minmax", "ema")  # of static inputs: what spans every value, or follows the items
 
+_ON_CONVERSION: list[Callable[[Conversion], None]] = []
+
+
+def on_conversion(act: Callable[[Conversion], None]) -> None:
+    """Have `act` called with every conversion as soon as it is made: so adapters let libraries of theirs know of it."""
+    _ON_CONVERSION.append(act)
+
 
 @dataclass
 class Conversion:
@@ -53,7 +60,8 @@ class Conversion:
 
     def __post_init__(self) -> None:
         self.denoiser.trdq_conversion = self  # what saving a model finds again
-        self.denoiser.load_lora_adapter = refuse_lora  # in place of what diffusers would try
+        for act in _ON_CONVERSION:
+            act(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         return self  # copies of a denoiser share its weights, and files that are mapped cannot be copied
@@ -103,14 +111,6 @@ class Conversion:
             **({"attention": self.attention.facts()} if self.attention is not None else {}),
             **({"reconstruction": self.reconstruction} if self.reconstruction is not None else {}),
         }
-
-
-def refuse_lora(*_: object, **__: object) -> None:
-    """What loading a LoRA onto a quantized denoiser does."""
-    raise ModelError(
-        "LoRA: this model is quantized, and adapters need its full-precision weights; load the LoRA onto the original "
-        "pipeline, call fuse_lora() and unload_lora_weights(), then quantize."
-    )
 
 
 def _chains(fits: Sequence[FittedInput]) -> dict[str, int]:

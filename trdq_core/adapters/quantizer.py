@@ -5,21 +5,24 @@ Registered by `trdq_core.registration` as soon as both packages are imported.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Self
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
+from trdq_core.adapters.lora import refuse_lora
 from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
 from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
-from trdq_core.convert import Conversion, convert
+from trdq_core.convert import Conversion, convert, on_conversion
 from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
@@ -91,6 +94,12 @@ class TRDQQuantizer(DiffusersQuantizer):
         self.conversion: Conversion | None = None
         self._checkpoint: Checkpoint | None = None
         self._dtype: torch.dtype | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # That of a copied model, whose layers no conversion is kept for: it must not save them as another model's.
+        twin = copy.copy(self)
+        twin.conversion = None
+        return twin
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse placing layers on disk, where they would be cast."""
@@ -188,7 +197,7 @@ class TRDQQuantizer(DiffusersQuantizer):
         return model
 
     def adopt(self, conversion: Conversion) -> None:
-        """Let a quantized model be saved again by save_pretrained."""
+        """Let a quantized model be saved by save_pretrained."""
         self.conversion, self.quantization_config.dtype = conversion, plain_dtype(conversion.denoiser)
         # The way that reaches config.json: setting an attribute of the configuration does not.
         conversion.denoiser.register_to_config(quantization_config=self.quantization_config)
@@ -201,15 +210,26 @@ class TRDQQuantizer(DiffusersQuantizer):
             raise CheckpointError(
                 "save_pretrained: quantized models are saved as safetensors; leave safe_serialization on."
             )
-        conversion = self.conversion
-        assert conversion is not None  # set as soon as a model is quantized or loaded
+        conversion = self._conversion()
         tensors = stored_tensors(conversion, state_dict)
         return tensors, {KEY: describe(conversion, tensors, conversion.denoiser.config).text()}
 
     @property
     def is_serializable(self) -> bool:
-        """Whether save_pretrained works."""
+        """Whether save_pretrained works; CheckpointError for a copy of a quantized model.
+
+        It is what save_pretrained asks first, before anything is written, so config.json is brought up to date here: a model
+        may have been cast since it was quantized.
+        """
+        self.adopt(self._conversion())
         return True
+
+    def _conversion(self) -> Conversion:
+        if self.conversion is None:
+            raise CheckpointError(
+                "save_pretrained: this model is a copy of a quantized one; save the model that was converted or loaded."
+            )
+        return self.conversion
 
     @property
     def is_trainable(self) -> bool:
@@ -220,3 +240,25 @@ class TRDQQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """Whether torch.compile takes the model."""
         return True
+
+
+def make_saveable(conversion: Conversion) -> None:
+    """Let diffusers' own save_pretrained write a converted denoiser of diffusers as what it is, and refuse LoRAs for it.
+
+    Without the quantizer the packed weights would be written without a word of what they are, and come back as random ones.
+    """
+    denoiser = conversion.denoiser
+    denoiser.load_lora_adapter = denoiser.add_adapter = refuse_lora  # in place of what diffusers would try
+    if hasattr(denoiser, "register_to_config") and hasattr(denoiser, "save_pretrained"):
+        quantizer = TRDQQuantizer(TRDQConfig(conversion.recipe), pre_quantized=True)
+        quantizer.adopt(conversion)
+        denoiser.hf_quantizer, denoiser.quantization_method = quantizer, TRDQMethod.TRDQ
+
+
+def register(registry: ModuleType) -> None:
+    """Write the quantizer and its configuration into the two dictionaries of `diffusers.quantizers.auto`."""
+    registry.AUTO_QUANTIZER_MAPPING[TRDQMethod.TRDQ.value] = TRDQQuantizer
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[TRDQMethod.TRDQ.value] = TRDQConfig
+
+
+on_conversion(make_saveable)
