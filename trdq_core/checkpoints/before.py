@@ -50,7 +50,10 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     stem = STEM if variant is None else f"{STEM}.{variant}"
     shard = re.compile(rf"{re.escape(STEM)}(-\d+-of-\d+)({re.escape(stem.removeprefix(STEM))})\.safetensors")
     other = re.compile(rf"{re.escape(stem)}-\d+-of-\d+\.safetensors")
-    indices = [folder / f"{STEM}.safetensors.index{stem.removeprefix(STEM)}.json", folder / f"{stem}.safetensors.index.json"]
+    indices = [
+        folder / f"{STEM}.safetensors.index{stem.removeprefix(STEM)}.json",
+        folder / f"{stem}.safetensors.index.json",
+    ]
     if any(index.is_file() for index in indices):
         names = sorted(folder.glob("*.safetensors"))
         return [file for file in names if shard.fullmatch(file.name) or other.fullmatch(file.name)]
