@@ -27,6 +27,7 @@ from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
 from trdq_core.nn.modules import align
+from trdq_core.plan import rule_for
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -163,10 +164,22 @@ class TRDQQuantizer(DiffusersQuantizer):
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            self._check_part(model)
             return
         assert self._checkpoint is not None  # diffusers names the files before it prepares the model
         install(model, self._checkpoint, model.config)
         check_contents(self._checkpoint)
+
+    def _check_part(self, model: nn.Module) -> None:
+        """RecipeError for a part of a pipeline, such as an autoencoder, of which the recipe would quantize nothing."""
+        from trdq_core.adapters.roles import find_linears
+
+        recipe = self.quantization_config.recipe
+        if recipe.quantized and not any(rule_for(layer, recipe) for layer in find_linears(model)):
+            raise RecipeError(
+                f"{type(model).__name__}: {recipe.name} quantizes none of its layers; TRDQConfig is for transformer denoisers, "
+                'name "transformer" in quant_mapping.'
+            )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         align(model)
