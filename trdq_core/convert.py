@@ -57,6 +57,9 @@ class Conversion:
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
     argument: TimeArgument | str = "timestep"  # of the denoiser's forward, that time groups follow
     calibration: str | None = None  # fingerprint of the statistics it was fitted to
+    count_file: Callable[[Conversion], int] | None = (
+        None  # bytes of the file that saving it writes, where it can be saved
+    )
 
     def __post_init__(self) -> None:
         self.denoiser.trdq_conversion = self  # what saving a model finds again
@@ -73,9 +76,9 @@ class Conversion:
     def facts(self) -> dict[str, Any]:
         """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers.
 
-        `file_bytes` are those of the whole denoiser in a file with every code packed tightly. `packed_bits` are those of the
-        quantized layers in it, scales and transforms included; `effective_bits` those that this machine holds. Both per
-        weight of the quantized layers.
+        `file_bytes` are those of the whole denoiser in the file that saving it writes; of one that cannot be saved, those of
+        its tensors with every code packed tightly. `packed_bits` are those of the quantized layers so packed, scales and
+        transforms included; `effective_bits` those that this machine holds. Both per weight of the quantized layers.
         """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
@@ -84,13 +87,14 @@ class Conversion:
         kernels: dict[str, int] = {}
         for layer in layers.values():
             kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
+        packed_file = module_bytes(self.denoiser) - weight_bytes + self.packed_bytes
         simulated = any(layer.simulated for layer in layers.values()) or self.attention is not None
         return {
             "weight_bytes": weight_bytes,
             "fp_weight_bytes": 4 * count,
             "resident_bytes": module_bytes(self.denoiser) + sum(layer.dense_bytes for layer in layers.values()),
             "disk_bytes": self.switched.nbytes if self.switched else 0,
-            "file_bytes": module_bytes(self.denoiser) - weight_bytes + self.packed_bytes,
+            "file_bytes": self.count_file(self) if self.count_file is not None else packed_file,
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,

@@ -87,7 +87,8 @@ class TransformerModel(PipelineModel):
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the transformer with its role. In families nobody has seen, shared inputs are traced in one call
-        of the denoiser; in the others they follow from names, which a test compares with the trace. ModelError if it is quantized already."""
+        of the denoiser; in the others they follow from names, which a test compares with the trace. ModelError if it is
+        quantized already."""
         check_full_precision(self.name, self.denoiser)
         if "linears" not in self._found:
             layers = find_linears(self.denoiser)

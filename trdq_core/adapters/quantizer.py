@@ -18,14 +18,17 @@ from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
 from trdq_core.adapters.lora import refuse_lora
-from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
+from trdq_core.checkpoints.codes import DATA, from_file
+from trdq_core.checkpoints.describe import conversion_of, describe, format_version, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
-from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
+from trdq_core.checkpoints.manifest import FIRST_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
+from trdq_core.checkpoints.size import file_bytes
 from trdq_core.convert import Conversion, convert, on_conversion
 from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import align
 from trdq_core.plan import rule_for
 from trdq_core.presets import parse_recipe
@@ -52,7 +55,7 @@ class TRDQConfig(QuantizationConfigMixin):
         calibration: str | Path | None = None,
         *,
         dtype: str | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = FIRST_VERSION,
         quant_method: str = TRDQMethod.TRDQ,
         **unknown: Any,
     ) -> None:
@@ -134,6 +137,10 @@ class TRDQQuantizer(DiffusersQuantizer):
             raise CheckpointError(
                 f"{where}: config.json names another recipe than the weights were made with; copy the folder again."
             )
+        if checkpoint.manifest.format_version != self.quantization_config.format_version:
+            raise CheckpointError(
+                f"{where}: config.json names another format than the weights were saved in; copy the folder again."
+            )
         if checkpoint.manifest.dtype != self.quantization_config.dtype:
             raise CheckpointError(
                 f"{where}: config.json names another type than the weights were saved in; copy the folder again."
@@ -159,8 +166,11 @@ class TRDQQuantizer(DiffusersQuantizer):
         found = owner_of(model, param_name)
         assert found is not None  # check_if_quantized_param was asked before
         module, name = found
+        stored = state_dict[param_name].detach()
+        if name == DATA and isinstance(module, QuantizedLinear):
+            stored = from_file(module, stored)
         # A copy of its own: the loaded one may be mapped from the file, and switched sets write into buffers.
-        module._buffers[name] = state_dict[param_name].detach().clone().to(target_device)
+        module._buffers[name] = stored.clone().to(target_device)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
@@ -211,9 +221,10 @@ class TRDQQuantizer(DiffusersQuantizer):
 
     def adopt(self, conversion: Conversion) -> None:
         """Let a quantized model be saved by save_pretrained."""
-        self.conversion, self.quantization_config.dtype = conversion, plain_dtype(conversion.denoiser)
+        config, self.conversion = self.quantization_config, conversion
+        config.dtype, config.format_version = plain_dtype(conversion.denoiser), format_version(conversion)
         # The way that reaches config.json: setting an attribute of the configuration does not.
-        conversion.denoiser.register_to_config(quantization_config=self.quantization_config)
+        conversion.denoiser.register_to_config(quantization_config=config)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -265,6 +276,7 @@ def make_saveable(conversion: Conversion) -> None:
     if hasattr(denoiser, "register_to_config") and hasattr(denoiser, "save_pretrained"):
         quantizer = TRDQQuantizer(TRDQConfig(conversion.recipe), pre_quantized=True)
         quantizer.adopt(conversion)
+        conversion.count_file = file_bytes
         denoiser.hf_quantizer, denoiser.quantization_method = quantizer, TRDQMethod.TRDQ
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from trdq_core.errors import CheckpointError
 from trdq_core.kernels.packing import to_panels, unpack_weight
-from trdq_core.kernels.types import PackedWeight
+from trdq_core.kernels.types import PackedWeight, packed_shape
 from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.stored_weights import pack, storage_bits
 from trdq_core.numerics.packing import pack_bits, packed_size, unpack_bits
@@ -35,6 +35,9 @@ def tight_shape(layer: QuantizedLinear) -> tuple[int, int]:
 
 def to_file(layer: QuantizedLinear, data: Tensor, *, tight: bool) -> Tensor:
     """What a file holds for the integers `data` (sets, ...) of `layer`, which may lie in the layout of any kernel."""
+    if not tight and data.is_meta:
+        sizes = packed_shape(layer.storage_bits, layer.in_features, layer.out_features)
+        return torch.empty((len(data), *sizes), dtype=data.dtype, device="meta")
     if not tight:
         return torch.stack([to_panels(_packed(layer, one)).data for one in data]) if data.dim() == 3 else data
     size = (len(data), tight_shape(layer)[1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,20 @@ def check_contents(checkpoint: Checkpoint) -> None:
                     )
 
 
-def describe_tensors(tensors: Mapping[str, Tensor]) -> tuple[TensorEntry, ...]:
-    """The table of tensors that are about to be saved."""
-    return tuple(
-        TensorEntry(name=name, dtype=dtype_name(name, tensor), shape=tuple(tensor.shape), sha256=tensor_digest(tensor))
-        for name, tensor in sorted(tensors.items())
-    )
-
-
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes as safetensors writes them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+
+
+def describe_tensors(
+    tensors: Mapping[str, Tensor], digest: Callable[[Tensor], str] = tensor_digest
+) -> tuple[TensorEntry, ...]:
+    """The table of tensors that are about to be saved."""
+    return tuple(
+        TensorEntry(name=name, dtype=dtype_name(name, tensor), shape=tuple(tensor.shape), sha256=digest(tensor))
+        for name, tensor in sorted(tensors.items())
+    )
 
 
 def dtype_name(name: str, tensor: Tensor) -> str:
