@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from trdq_core.adapters.folder import check_folder, check_weights, weights_digest
+from trdq_core.adapters.lora import fuse_lora
 from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
 from trdq_core.checkpoints.before import quantization_of
@@ -60,6 +61,7 @@ class PipelineModel:
     def _settle(self, device: torch.device, dtype: torch.dtype) -> None:
         """What every pipeline needs once it lies where it runs."""
         self.device, self.dtype = device, dtype
+        self._fused: tuple[object, ...] = ()
         self.pipeline.set_progress_bar_config(disable=True)
         for part in self.pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -97,10 +99,17 @@ class PipelineModel:
         finally:
             self.pipeline.transformer = original
 
+    def fuse_lora(self, file: str | Path, scale: float = 1.0) -> None:
+        """Add a LoRA to the weights before anything is measured or quantized; `trdq_core.adapters.lora` says what is refused."""
+        fuse_lora(self.pipeline, file, scale)
+        self._fused += (weights_digest([Path(file)]), scale)
+        align(self.denoiser)
+
     def fingerprint(self) -> str:
-        """A digest of weights and of how the scheduler is set."""
+        """A digest of weights, LoRAs fused into them, and of how the scheduler is set."""
         settings = sorted(self.pipeline.scheduler.config.items(), key=lambda item: item[0])
-        text = f"{weights_digest(self._files)}{self.dtype}{settings}"
+        fused = self._fused or ""  # nothing, so that statistics stored before there were any are found
+        text = f"{weights_digest(self._files)}{self.dtype}{settings}{fused}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
