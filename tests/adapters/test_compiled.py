@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -93,18 +93,16 @@ def test_a_held_group_of_switched_storage_is_one_graph(family: str, tmp_path: Pa
         assert not torch.equal(other, expected[1000.0 - timestep])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor takes a C++ compiler")
-def test_inductor_compiles_quantized_blocks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inductor_compiles_quantized_layers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A feed-forward: what Inductor makes of a whole block takes the C++ compiler half a minute."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    block = quantized(build("flux")).single_transformer_blocks[0]
-    generator = torch.Generator().manual_seed(0)
-    shapes: dict[str, tuple[int, ...]] = {
-        "hidden_states": (1, 16, 64), "encoder_hidden_states": (1, TOKENS, 64), "temb": (1, 64),
-    }  # fmt: skip
-    inputs = {name: torch.randn(*shape, generator=generator) for name, shape in shapes.items()}
+    part = quantized(build("flux")).transformer_blocks[0].ff
+    x = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(0))
     with unfused():
-        expected = block(**inputs)
-    made: Callable[..., tuple[Tensor, ...]] = torch.compile(block, fullgraph=True)
-    for ours, plain in zip(made(**inputs), expected, strict=True):
-        # Inductor rounds sums in another order, so a level of an activation may be the neighbouring one.
-        assert (ours - plain).norm() < 0.01 * plain.norm()
+        expected = part(x)
+    quick = {"cpp_cache_precompile_headers": False}  # so little is compiled that headers for more do not pay
+    made = torch.compile(part, fullgraph=True, options=quick)(x)
+    # Inductor rounds GELU otherwise, so a level of an activation may be the neighbouring one.
+    assert (made - expected).norm() < 0.01 * expected.norm()
