@@ -37,7 +37,8 @@ _ON_CONVERSION: list[Callable[[Conversion], None]] = []
 
 def on_conversion(act: Callable[[Conversion], None]) -> None:
     """Have `act` called with every conversion as soon as it is made: so adapters let libraries of theirs know of it."""
-    _ON_CONVERSION.append(act)
+    if act not in _ON_CONVERSION:
+        _ON_CONVERSION.append(act)
 
 
 @dataclass

@@ -58,9 +58,9 @@ class _Loader(importlib.abc.Loader):
         return self._inner.create_module(spec)
 
     def exec_module(self, module: ModuleType) -> None:
-        """See importlib; and then calls the module's function."""
+        """See importlib; and then hands the module to its function."""
         self._inner.exec_module(module)
-        _hand_over(module)
+        _arrived(module.__name__, whole=module)
 
     def __getattr__(self, name: str) -> object:  # source and file name, for inspect
         return getattr(self._inner, name)
@@ -69,10 +69,10 @@ class _Loader(importlib.abc.Loader):
 def register_quantizer() -> None:
     """Register now with what is there, and with the rest when it comes. Harmless when done twice."""
     waited_for = {finder.name for finder in sys.meta_path if isinstance(finder, _Finder)}
-    for name in HOOKS:
-        module = sys.modules.get(name)
-        if module is not None:
-            _hand_over(module)
+    ours = dict.fromkeys(where for where, _ in HOOKS.values())
+    for name in (*HOOKS, *ours):
+        if name in sys.modules:
+            _arrived(name)
         elif name not in waited_for:
             sys.meta_path.insert(0, _Finder(name))
 
@@ -84,6 +84,20 @@ def exported(name: str) -> object:
     return getattr(importlib.import_module(EXPORTS[name]), name)
 
 
-def _hand_over(module: ModuleType) -> None:
-    where, function = HOOKS[module.__name__]
-    getattr(importlib.import_module(where), function)(module)
+def _arrived(name: str, whole: ModuleType | None = None) -> None:
+    """Hand over what has become possible with the module `name`, one of `HOOKS` or one with a function of theirs.
+
+    Either may import the other: then the one that was begun first is whole last, and that is when they are brought together.
+    `whole` is that module, of which the import system does not say so yet.
+    """
+    for other, (where, function) in HOOKS.items():
+        module = sys.modules.get(other)
+        if name not in (other, where) or module is None or not (module is whole or _is_whole(module)):
+            continue
+        act = getattr(importlib.import_module(where), function, None)
+        if act is not None:
+            act(module)
+
+
+def _is_whole(module: ModuleType) -> bool:
+    return not getattr(module.__spec__, "_initializing", False)

@@ -136,6 +136,22 @@ print(type(model.transformer_blocks[0].attn1.to_q).__name__)"""
     assert done.stdout.strip() == "QuantizedLinear"
 
 
+@pytest.mark.parametrize("first", ["trdq_core.TRDQConfig", "trdq_core.save_quantized", "trdq_core.adapters.lora"])
+def test_trap_5_whatever_of_the_package_is_asked_for_first(first: str, root: Path) -> None:
+    """Its modules import those that they are registered with, so either may be half imported when the other asks."""
+    code = f"""import importlib, trdq_core
+importlib.import_module("trdq_core.adapters.lora") if {first!r}.endswith("lora") else {first}
+from diffusers import FluxPipeline, ModelMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as others
+from trdq_core import convert
+assert ModelMixin.from_pretrained.__func__.trdq_guarded and FluxPipeline.load_lora_weights.trdq_guarded
+print(AUTO_QUANTIZER_MAPPING["trdq"].__name__, "trdq" in others, len(convert._ON_CONVERSION))"""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "TRDQQuantizer True 1", done.stderr
+
+
 def test_trap_6_another_recipe_on_a_quantized_folder_is_ignored_with_a_warning(folder: Path) -> None:
     with pytest.warns(UserWarning, match="already has a `quantization_config`"):
         loaded = PixArtTransformer2DModel.from_pretrained(folder, quantization_config=TRDQConfig("rtn-w8a8"))

@@ -281,9 +281,10 @@ def make_saveable(conversion: Conversion) -> None:
 
 
 def register(registry: ModuleType) -> None:
-    """Write the quantizer and its configuration into the two dictionaries of `diffusers.quantizers.auto`."""
+    """Write the quantizer and its configuration into the two dictionaries of `diffusers.quantizers.auto`.
+
+    From then on every conversion is saved as what it is.
+    """
+    on_conversion(make_saveable)
     registry.AUTO_QUANTIZER_MAPPING[TRDQMethod.TRDQ.value] = TRDQQuantizer
     registry.AUTO_QUANTIZATION_CONFIG_MAPPING[TRDQMethod.TRDQ.value] = TRDQConfig
-
-
-on_conversion(make_saveable)
