@@ -32,6 +32,14 @@ from trdq_core.timegroups import TimeArgument, TimeContext, TimeGroups
 
 OBSERVED_RANGES = ("minmax", "ema")  # of static inputs: what spans every value, or follows the items
 
+_ON_CONVERSION: list[Callable[[Conversion], None]] = []
+
+
+def on_conversion(act: Callable[[Conversion], None]) -> None:
+    """Have `act` called with every conversion as soon as it is made: so adapters let libraries of theirs know of it."""
+    if act not in _ON_CONVERSION:
+        _ON_CONVERSION.append(act)
+
 
 @dataclass
 class Conversion:
@@ -50,10 +58,14 @@ class Conversion:
     layers: tuple[LayerInfo, ...] = ()  # of the whole denoiser, with their roles
     argument: TimeArgument | str = "timestep"  # of the denoiser's forward, that time groups follow
     calibration: str | None = None  # fingerprint of the statistics it was fitted to
+    count_file: Callable[[Conversion], int] | None = (
+        None  # bytes of the file that saving it writes, where it can be saved
+    )
 
     def __post_init__(self) -> None:
         self.denoiser.trdq_conversion = self  # what saving a model finds again
-        self.denoiser.load_lora_adapter = refuse_lora  # in place of what diffusers would try
+        for act in _ON_CONVERSION:
+            act(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Conversion:
         return self  # copies of a denoiser share its weights, and files that are mapped cannot be copied
@@ -65,9 +77,10 @@ class Conversion:
     def facts(self) -> dict[str, Any]:
         """Measured bytes, kernels and rejected transforms, for reports. Bytes count every buffer of the quantized layers.
 
-        `file_bytes` are those of the whole denoiser in a file with every code packed tightly. `packed_bits` are those of the
-        quantized layers in it, scales and transforms included; `effective_bits` those that this machine holds. Both per
-        weight of the quantized layers. `transformed_layers` are those that scale, permute or rotate their input.
+        `file_bytes` are those of the whole denoiser in the file that saving it writes; of one that cannot be saved, those of
+        its tensors with every code packed tightly. `packed_bits` are those of the quantized layers so packed, scales and
+        transforms included; `effective_bits` those that this machine holds. Both per weight of the quantized layers.
+        `transformed_layers` are those that scale, permute or rotate their input.
         """
         layers = self.quantized_layers()
         biases = sum(layer.bias.nbytes for layer in layers.values() if layer.bias is not None)
@@ -76,6 +89,7 @@ class Conversion:
         kernels: dict[str, int] = {}
         for layer in layers.values():
             kernels[layer.kernel] = kernels.get(layer.kernel, 0) + 1
+        packed_file = module_bytes(self.denoiser) - weight_bytes + self.packed_bytes
         kernels |= self.attention.kernels if self.attention is not None else {}
         simulated = any(layer.simulated for layer in layers.values()) or self.recipe.simulated_attention
         return {
@@ -83,7 +97,7 @@ class Conversion:
             "fp_weight_bytes": 4 * count,
             "resident_bytes": module_bytes(self.denoiser) + sum(layer.dense_bytes for layer in layers.values()),
             "disk_bytes": self.switched.nbytes if self.switched else 0,
-            "file_bytes": module_bytes(self.denoiser) - weight_bytes + self.packed_bytes,
+            "file_bytes": self.count_file(self) if self.count_file is not None else packed_file,
             "effective_bits": 8 * weight_bytes / count if count else 32.0,
             "packed_bits": 8 * self.packed_bytes / count if count else 32.0,
             "kernels": kernels,
@@ -106,14 +120,6 @@ class Conversion:
             **({"attention": self.attention.facts()} if self.attention is not None else {}),
             **({"reconstruction": self.reconstruction} if self.reconstruction is not None else {}),
         }
-
-
-def refuse_lora(*_: object, **__: object) -> None:
-    """What loading a LoRA onto a quantized denoiser does."""
-    raise ModelError(
-        "LoRA: this model is quantized, and adapters need its full-precision weights; load the LoRA onto the original "
-        "pipeline, call fuse_lora() and unload_lora_weights(), then quantize."
-    )
 
 
 def _chains(fits: Sequence[FittedInput]) -> dict[str, int]:

@@ -12,7 +12,7 @@ from torch import nn
 from trdq_core.calibration import calibrate
 from trdq_core.convert import Conversion, convert
 from trdq_core.data_free import convert_without_data, needs_data
-from trdq_core.errors import RecipeError
+from trdq_core.errors import ModelError, RecipeError
 from trdq_core.events import ignore
 from trdq_core.folders import data_folder
 from trdq_core.kernels import dispatch
@@ -34,11 +34,14 @@ def quantize(
     steps: int = 20,
     guidance: float = 3.5,
     seed: int = 0,
+    lora: str | Path | None = None,
+    lora_scale: float = 1.0,
 ) -> Any:
     """The diffusers pipeline of a model with its denoiser quantized, ready to sample and to be saved.
 
     `model` is a name that the models command lists, or a diffusers folder; `recipe` a name such as "tr-dq-w4a8". `prompts`
-    are what a recipe that looks at activations is calibrated on; RecipeError if it needs some and there are none.
+    are what a recipe that looks at activations is calibrated on; RecipeError if it needs some and there are none. `lora` is a
+    safetensors file that is added to the weights first, times `lora_scale`; ModelError if it is not one for this model.
     """
     chosen = parse_recipe(recipe) if isinstance(recipe, str) else recipe
     reason = needs_data(chosen)
@@ -47,6 +50,10 @@ def quantize(
             f"{chosen.name}: {reason}; give prompts to calibrate it on, sixteen or so that are like yours."
         )
     loaded = load_model(str(model))
+    if lora is not None:
+        if not hasattr(loaded, "fuse_lora"):
+            raise ModelError(f"LoRA: {loaded.name} has random weights, so there is nothing to add it to.")
+        loaded.fuse_lora(lora, lora_scale)
     backend, layers = dispatch.select_backend(loaded.device), loaded.linears()
     argument = loaded.timestep_argument
     if reason is None:

@@ -38,6 +38,13 @@ def plant_nan(folder: Path) -> None:
     save_file(tensors, folder / WEIGHTS)
 
 
+def lose_a_tensor(folder: Path, part: str = "transformer") -> None:
+    file = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    del tensors[sorted(tensors)[-1]]
+    save_file(tensors, file)
+
+
 def make_foreign(folder: Path) -> None:
     index = json.loads((folder / "model_index.json").read_text())
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "StableDiffusionPipeline"}))
@@ -48,6 +55,11 @@ def make_foreign(folder: Path) -> None:
     [
         (truncate, "safetensors is truncated or damaged"),
         (plant_nan, "proj_out.weight in .* holds NaN or infinity"),
+        (
+            lose_a_tensor,
+            "transformer_blocks.1.scale_shift_table is in no file of its transformer; copy the folder again",
+        ),
+        (lambda f: lose_a_tensor(f, "vae"), "is in no file of its vae; copy the folder again"),
         (make_foreign, "its pipeline is StableDiffusionPipeline; supported are PixArtSigmaPipeline"),
         (lambda f: (f / "model_index.json").write_text("{"), "model_index.json is damaged"),
         (lambda f: (f / "model_index.json").unlink(), "model_index.json is missing"),

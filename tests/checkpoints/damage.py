@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import random
 import shutil
@@ -245,9 +246,38 @@ def other_config(folder: Path, rng: random.Random) -> None:
         lambda: data.update(attention_head_dim=32),
         lambda: data.update(num_layers=2),
         lambda: data.update(sample_size=16),
+        lambda: data.update(norm_type="ada_norm_singleX"),
+        lambda: data.update(_class_name="FluxTransformer2DModel"),
+        lambda: data.update(surprise=1),
+        lambda: data.pop("norm_eps"),
+        lambda: data.pop("quantization_config"),
+        lambda: data.update(quantization_config=None),
     ]
     rng.choice(changes)()
     (folder / CONFIG).write_text(json.dumps(data))
+
+
+def costly_config(folder: Path, rng: random.Random) -> None:
+    """A configuration from which building a model takes minutes, or more memory than there is."""
+    data = json.loads((folder / CONFIG).read_text())
+    key, values = rng.choice(
+        [("sample_size", (4096, 10**6)), ("num_layers", (2000, 10**9)), ("in_channels", (10**12,))]
+    )
+    data[key] = rng.choice(values)
+    (folder / CONFIG).write_text(json.dumps(data))
+
+
+def wrong_number(folder: Path, rng: random.Random) -> None:
+    """One number of a quantized layer that nothing in the file contradicts: not finite, or a sum of other integers."""
+    stored = Stored(folder)
+    ends, values = rng.choice([(("scale",), (math.nan, math.inf)), (("column_sum",), (math.nan, 1e6, None))])
+    name = rng.choice(sorted(n for n in stored.tensors if n.endswith(ends) and stored.tensors[n].is_floating_point()))
+    tensor, value = stored.tensors[name].clone(), rng.choice(values)
+    flat = tensor.view(-1)
+    index = rng.randrange(flat.numel())
+    flat[index] = flat[index] + 1 if value is None else value
+    stored.tensors[name] = tensor
+    stored.write()
 
 
 class Harm:
@@ -286,9 +316,11 @@ KINDS: dict[str, tuple[int, Change]] = {
     "hostile description": (8, hostile_description),
     "hostile value": (20, hostile_value),
     "hostile entry": (15, hostile_entry),
-    "other configuration": (14, other_config),
+    "other configuration": (22, other_config),
+    "costly configuration": (8, costly_config),
+    "wrong number": (12, wrong_number),
     "pickle": (2, pickled),
-}  # 214 in all
+}  # 242 in all
 
 
 def damaged(source: Path, work: Path, seed: int) -> Iterator[tuple[str, Path]]:

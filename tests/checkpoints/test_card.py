@@ -8,6 +8,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 
@@ -82,6 +83,18 @@ def test_push_to_hub_uploads_the_finished_folder(
     assert (created, uploaded) == ("create", "upload")
     assert first["repo_id"] == second["repo_id"] == "somebody/tiny-w8a8"
     assert Path(second["folder_path"]) == tmp_path / "model"
+
+
+def test_without_a_network_it_is_one_sentence_too(
+    convert_tiny: Convert, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The client itself, with nobody at the other end."""
+    monkeypatch.setattr(saving, "HfApi", lambda: HfApi(endpoint="http://127.0.0.1:9", token=False))
+    with pytest.raises(
+        StorageError, match=r"push-to-hub: somebody/tiny could not be uploaded \(.+\); .* is in model\."
+    ):
+        save_quantized(convert_tiny(parse_recipe("rtn-w8a8")), tmp_path / "model", push_to_hub="somebody/tiny")
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 def test_a_hub_that_refuses_is_one_sentence_and_the_folder_stays(

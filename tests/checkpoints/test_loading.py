@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 import trdq_core
 from tests.checkpoints.conftest import Convert, reload
-from trdq_core import branches
+from trdq_core import branches, runs
+from trdq_core.adapters import layers_of
 from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.saving import Saved, save_quantized
 from trdq_core.errors import CheckpointError, ModelError, RecipeError, StorageError
 from trdq_core.presets import make_recipe, parse_recipe, with_sharing
-from trdq_core.specs import SharingSpec
+from trdq_core.specs import RunSpec, SharingSpec
 from trdq_core.statistics import Statistics
 
 Picture = Callable[[nn.Module], Tensor]
@@ -172,3 +173,28 @@ def test_a_fused_lora_is_quantized_with_the_model(
         linear.weight.data = before
     assert (fused - full).norm() < 0.2 * (fused - plain).norm()
     assert torch.equal(picture(PixArtTransformer2DModel.from_pretrained(tmp_path / "fused")), fused)
+
+
+def test_a_quantized_folder_is_neither_planned_nor_looked_at_as_full_precision(
+    saved: tuple[Path, Tensor],
+) -> None:
+    words = r"this model is quantized already, with .*; give the full-precision one\. It can be sampled as it is"
+    name = SWITCHED.name
+    with pytest.raises(ModelError, match=words.replace(".*", name)):
+        layers_of("pipeline", saved[0])
+    model = PixArtModel(saved[0])  # sampling it is possible
+    with pytest.raises(ModelError, match=words.replace(".*", name)):
+        model.linears()
+    with pytest.raises(ModelError, match=words.replace(".*", name)):
+        runs.run(RunSpec(command="compare", model=str(saved[0]), prompts=("owl",), steps=2), saved[0].parent / "run")
+
+
+def test_a_configuration_for_a_part_that_is_no_transformer_is_refused(model: PixArtModel, tmp_path: Path) -> None:
+    model.pipeline.save_pretrained(tmp_path / "full")
+    for part, words in {
+        "vae": r"AutoencoderKL: rtn-w8a8 quantizes none of its layers; .*name \"transformer\" in quant_mapping",
+        "text_encoder": r"TRDQConfig: it was given for a model of transformers, .*name \"transformer\" in quant_mapping",
+    }.items():
+        mapped = PipelineQuantizationConfig(quant_mapping={part: trdq_core.TRDQConfig("rtn-w8a8")})
+        with pytest.raises(RecipeError, match=words):
+            DiffusionPipeline.from_pretrained(tmp_path / "full", quantization_config=mapped)

@@ -21,6 +21,7 @@ from trdq_core.adapters.pixart import PixArtModel
 from trdq_core.adapters.quantizer import TRDQConfig, TRDQQuantizer
 from trdq_core.adapters.saving import save_quantized
 from trdq_core.convert import convert
+from trdq_core.errors import CheckpointError
 from trdq_core.kernels import dispatch
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -68,6 +69,47 @@ def test_trap_3_a_live_model_is_saved_with_its_quantization_config(
         assert torch.equal(again.state_dict()[name], tensor), name
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_trap_3_diffusers_alone_saves_a_conversion_with_its_quantization_config(
+    whole: bool, model: PixArtModel, convert_tiny: Convert, tmp_path: Path
+) -> None:
+    """Nothing of ours was called between converting and save_pretrained, of the denoiser or of a pipeline around it."""
+    conversion = convert_tiny(parse_recipe("rtn-w8a8"))
+    with model.using(conversion.denoiser):
+        (model.pipeline if whole else conversion.denoiser).save_pretrained(tmp_path / "live")
+    part = tmp_path / "live" / "transformer" if whole else tmp_path / "live"
+    assert json.loads((part / "config.json").read_text())["quantization_config"]["recipe"]["name"] == "rtn-w8a8"
+    again = PixArtTransformer2DModel.from_pretrained(part)
+    assert set(again.trdq_conversion.quantized_layers()) == set(conversion.quantized_layers()) != set()
+    for name, tensor in conversion.denoiser.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert "quantization_config" not in model.denoiser.config  # the one it was made of stays what it was
+
+
+def test_trap_3_a_conversion_that_was_cast_says_its_type(
+    model: PixArtModel, statistics: Statistics, tmp_path: Path
+) -> None:
+    conversion = convert(
+        copy.deepcopy(model.denoiser), model.linears(), parse_recipe("rtn-w8a8"), statistics,
+        backend=dispatch.select_backend(torch.device("cpu")), storage_folder=tmp_path, in_place=True,
+    )  # fmt: skip
+    for dtype in (torch.float32, torch.bfloat16):
+        conversion.denoiser.to(dtype).save_pretrained(tmp_path / str(dtype))
+        assert PixArtTransformer2DModel.from_pretrained(tmp_path / str(dtype)).proj_out.weight.dtype is dtype
+
+
+def test_trap_3_a_copy_of_a_quantized_model_is_not_saved_as_the_other_one(
+    convert_tiny: Convert, folder: Path, tmp_path: Path
+) -> None:
+    for model in (convert_tiny(parse_recipe("rtn-w8a8")).denoiser, PixArtTransformer2DModel.from_pretrained(folder)):
+        twin = copy.deepcopy(model)
+        with pytest.raises(CheckpointError, match="is a copy of a quantized one; save the model that was converted"):
+            twin.save_pretrained(tmp_path / "twin")
+        with pytest.raises(CheckpointError, match="it is a copy of a quantized model; save the model that was conver"):
+            save_quantized(twin, tmp_path / "twin")
+    assert not (tmp_path / "twin").exists()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, None])
 def test_trap_4_scales_stay_fp32_whatever_torch_dtype_says(folder: Path, dtype: torch.dtype | None) -> None:
     loaded = PixArtTransformer2DModel.from_pretrained(folder, torch_dtype=dtype)
@@ -92,6 +134,22 @@ print(type(model.transformer_blocks[0].attn1.to_q).__name__)"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "QuantizedLinear"
+
+
+@pytest.mark.parametrize("first", ["trdq_core.TRDQConfig", "trdq_core.save_quantized", "trdq_core.adapters.lora"])
+def test_trap_5_whatever_of_the_package_is_asked_for_first(first: str, root: Path) -> None:
+    """Its modules import those that they are registered with, so either may be half imported when the other asks."""
+    code = f"""import importlib, trdq_core
+importlib.import_module("trdq_core.adapters.lora") if {first!r}.endswith("lora") else {first}
+from diffusers import FluxPipeline, ModelMixin
+from diffusers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING as others
+from trdq_core import convert
+assert ModelMixin.from_pretrained.__func__.trdq_guarded and FluxPipeline.load_lora_weights.trdq_guarded
+print(AUTO_QUANTIZER_MAPPING["trdq"].__name__, "trdq" in others, len(convert._ON_CONVERSION))"""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.stdout.strip() == "TRDQQuantizer True 1", done.stderr
 
 
 def test_trap_6_another_recipe_on_a_quantized_folder_is_ignored_with_a_warning(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from trdq_core.adapters.branch_tags import tagged
 from trdq_core.adapters.families import GuidanceLayout, family_of, known_time
 from trdq_core.adapters.folder import check_folder
-from trdq_core.adapters.pipelines import PipelineModel
+from trdq_core.adapters.pipelines import PipelineModel, check_full_precision
 from trdq_core.adapters.probe import STEPS, Branches, Call, layout_of, time_of, traced_inputs
 from trdq_core.adapters.prompts import Prompts, one_sentence
 from trdq_core.adapters.roles import find_linears
@@ -94,7 +94,9 @@ class TransformerModel(PipelineModel):
 
     def linears(self) -> tuple[LayerInfo, ...]:
         """Every linear of the transformer with its role. In families nobody has seen, shared inputs are traced in one call
-        of the denoiser; in the others they follow from names, which a test compares with the trace."""
+        of the denoiser; in the others they follow from names, which a test compares with the trace. ModelError if it is
+        quantized already."""
+        check_full_precision(self.name, self.denoiser)
         if "linears" not in self._found:
             layers = find_linears(self.denoiser)
             self._found["linears"] = layers if family_of(self.denoiser) else self.traced(layers)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -13,9 +15,12 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from trdq_core.adapters.folder import check_folder, check_weights, weights_digest
+from trdq_core.adapters.lora import fuse_lora
 from trdq_core.adapters.precision import bring, choose_dtype, default_device, place
 from trdq_core.adapters.quiet import without_progress_bars
 from trdq_core.adapters.roles import find_linears
+from trdq_core.checkpoints.before import quantization_of
+from trdq_core.convert import Conversion
 from trdq_core.errors import ModelError
 from trdq_core.nn.modules import align
 from trdq_core.plan import LayerInfo
@@ -50,17 +55,21 @@ class PipelineModel:
         try:
             with without_progress_bars():
                 self.pipeline = DiffusionPipeline.from_pretrained(folder, dtype=dtype, local_files_only=True, **absent)
+            _check_complete(self.pipeline, folder.name)
+            place(self.pipeline, device, loading.offload)
+        except ModelError:
+            raise
         except (OSError, ValueError, RuntimeError, TypeError, KeyError, AttributeError) as error:
-            reason = str(error).strip().splitlines()[0][:200]
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
             raise ModelError(
                 f"model {folder.name}: diffusers could not load it ({reason}); copy the folder again."
             ) from error
-        place(self.pipeline, device, loading.offload)
         self._settle(device, dtype)
 
     def _settle(self, device: torch.device, dtype: torch.dtype) -> None:
         """What every pipeline needs once it lies where it runs."""
         self.device, self.dtype = device, dtype
+        self._fused: tuple[object, ...] = ()
         self.pipeline.set_progress_bar_config(disable=True)
         for part in self.pipeline.components.values():
             if isinstance(part, nn.Module):
@@ -70,7 +79,8 @@ class PipelineModel:
         align(self.denoiser)
 
     def linears(self) -> tuple[LayerInfo, ...]:
-        """Every linear of the transformer with its role."""
+        """Every linear of the transformer with its role; ModelError if it is quantized already."""
+        check_full_precision(self.name, self.denoiser)
         return find_linears(self.denoiser)
 
     @torch.no_grad()
@@ -97,11 +107,46 @@ class PipelineModel:
         finally:
             self.pipeline.transformer = original
 
+    def fuse_lora(self, file: str | Path, scale: float = 1.0) -> None:
+        """Add a LoRA to the weights before anything is measured or quantized; `trdq_core.adapters.lora` says what is refused."""
+        fuse_lora(self.pipeline, file, scale)
+        self._fused += (weights_digest([Path(file)]), scale)
+        align(self.denoiser)
+
     def fingerprint(self) -> str:
-        """A digest of weights and of how the scheduler is set."""
+        """A digest of weights, LoRAs fused into them, and of how the scheduler is set."""
         settings = sorted(self.pipeline.scheduler.config.items(), key=lambda item: item[0])
-        text = f"{weights_digest(self._files)}{self.dtype}{settings}"
+        fused = self._fused or ""  # nothing, so that statistics stored before there were any are found
+        text = f"{weights_digest(self._files)}{self.dtype}{settings}{fused}"
         return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def check_full_precision(model: str, denoiser: nn.Module) -> None:
+    """ModelError if a denoiser is quantized, by this library or another: there are no weights left to look at."""
+    conversion = getattr(denoiser, "trdq_conversion", None)
+    config = getattr(denoiser, "config", {}).get("quantization_config")
+    if isinstance(conversion, Conversion) and conversion.recipe.quantized:
+        refuse_quantized(model, conversion.recipe.name)
+    if config is not None and not isinstance(conversion, Conversion):
+        refuse_quantized(model, str(getattr(config, "quant_method", "another method"))[:40])
+
+
+def refuse_quantized(model: str, recipe: str) -> NoReturn:
+    """Say of a quantized model why it is neither planned, calibrated, compared nor converted."""
+    raise ModelError(
+        f"model {model}: this model is quantized already, with {recipe}; give the full-precision one. It can be sampled as it "
+        "is, with the sample command or with diffusers."
+    )
+
+
+def _check_complete(pipeline: DiffusionPipeline, model: str) -> None:
+    """ModelError if a tensor of some part was in none of its files: diffusers leaves it without memory."""
+    for part, module in pipeline.components.items():
+        if isinstance(module, nn.Module):
+            tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+            missing = next((name for name, tensor in tensors if tensor.is_meta), None)
+            if missing is not None:
+                raise ModelError(f"model {model}: {missing} is in no file of its {part}; copy the folder again.")
 
 
 def linears_from_config(folder: Path, pipelines: Sequence[str], transformer: type[ModelMixin]) -> tuple[LayerInfo, ...]:
@@ -112,6 +157,9 @@ def linears_from_config(folder: Path, pipelines: Sequence[str], transformer: typ
 def transformer_from_config(folder: Path, pipelines: Sequence[str] | None, transformer: type[ModelMixin]) -> nn.Module:
     """The transformer of a folder from its config.json alone, without weights, on the meta device."""
     check_folder(folder, pipelines)
+    recipe = quantization_of(folder / "transformer")
+    if recipe is not None:
+        refuse_quantized(folder.name, recipe)
     try:
         config = transformer.load_config(folder / "transformer")
         with torch.device("meta"):

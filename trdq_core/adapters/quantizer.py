@@ -5,25 +5,32 @@ Registered by `trdq_core.registration` as soon as both packages are imported.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, Self
 
 import torch
 from diffusers.quantizers.base import DiffusersQuantizer
 from diffusers.quantizers.quantization_config import QuantizationConfigMixin
 from torch import Tensor, nn
 
-from trdq_core.checkpoints.describe import conversion_of, describe, plain_dtype, stored_tensors
+from trdq_core.adapters.lora import refuse_lora
+from trdq_core.checkpoints.codes import DATA, from_file
+from trdq_core.checkpoints.describe import conversion_of, describe, format_version, plain_dtype, stored_tensors
 from trdq_core.checkpoints.files import Checkpoint, check_contents, open_checkpoint
-from trdq_core.checkpoints.manifest import FORMAT_VERSION, KEY, SET_PREFIX, check_version
+from trdq_core.checkpoints.manifest import FIRST_VERSION, KEY, SET_PREFIX, check_version
 from trdq_core.checkpoints.restore import activate, cast_passing_buffers, install, owner_of
-from trdq_core.convert import Conversion, convert
+from trdq_core.checkpoints.size import file_bytes
+from trdq_core.convert import Conversion, convert, on_conversion
 from trdq_core.data_free import convert_without_data
 from trdq_core.errors import CheckpointError, RecipeError
 from trdq_core.kernels import dispatch
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.modules import align
+from trdq_core.plan import rule_for
 from trdq_core.presets import parse_recipe
 from trdq_core.specs import Recipe
 from trdq_core.statistics import Statistics
@@ -48,7 +55,7 @@ class TRDQConfig(QuantizationConfigMixin):
         calibration: str | Path | None = None,
         *,
         dtype: str | None = None,
-        format_version: int = FORMAT_VERSION,
+        format_version: int = FIRST_VERSION,
         quant_method: str = TRDQMethod.TRDQ,
         **unknown: Any,
     ) -> None:
@@ -92,6 +99,12 @@ class TRDQQuantizer(DiffusersQuantizer):
         self._checkpoint: Checkpoint | None = None
         self._dtype: torch.dtype | None = None
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        # That of a copied model, whose layers no conversion is kept for: it must not save them as another model's.
+        twin = copy.copy(self)
+        twin.conversion = None
+        return twin
+
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
         """Refuse placing layers on disk, where they would be cast."""
         places = kwargs.get("device_map")
@@ -124,6 +137,10 @@ class TRDQQuantizer(DiffusersQuantizer):
             raise CheckpointError(
                 f"{where}: config.json names another recipe than the weights were made with; copy the folder again."
             )
+        if checkpoint.manifest.format_version != self.quantization_config.format_version:
+            raise CheckpointError(
+                f"{where}: config.json names another format than the weights were saved in; copy the folder again."
+            )
         if checkpoint.manifest.dtype != self.quantization_config.dtype:
             raise CheckpointError(
                 f"{where}: config.json names another type than the weights were saved in; copy the folder again."
@@ -149,15 +166,30 @@ class TRDQQuantizer(DiffusersQuantizer):
         found = owner_of(model, param_name)
         assert found is not None  # check_if_quantized_param was asked before
         module, name = found
+        stored = state_dict[param_name].detach()
+        if name == DATA and isinstance(module, QuantizedLinear):
+            stored = from_file(module, stored)
         # A copy of its own: the loaded one may be mapped from the file, and switched sets write into buffers.
-        module._buffers[name] = state_dict[param_name].detach().clone().to(target_device)
+        module._buffers[name] = stored.clone().to(target_device)
 
     def _process_model_before_weight_loading(self, model: nn.Module, **kwargs: Any) -> None:
         if not self.pre_quantized:
+            self._check_part(model)
             return
         assert self._checkpoint is not None  # diffusers names the files before it prepares the model
         install(model, self._checkpoint, model.config)
         check_contents(self._checkpoint)
+
+    def _check_part(self, model: nn.Module) -> None:
+        """RecipeError for a part of a pipeline, such as an autoencoder, of which the recipe would quantize nothing."""
+        from trdq_core.adapters.roles import find_linears
+
+        recipe = self.quantization_config.recipe
+        if recipe.quantized and not any(rule_for(layer, recipe) for layer in find_linears(model)):
+            raise RecipeError(
+                f"{type(model).__name__}: {recipe.name} quantizes none of its layers; TRDQConfig is for transformer denoisers, "
+                'name "transformer" in quant_mapping.'
+            )
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         align(model)
@@ -188,10 +220,11 @@ class TRDQQuantizer(DiffusersQuantizer):
         return model
 
     def adopt(self, conversion: Conversion) -> None:
-        """Let a quantized model be saved again by save_pretrained."""
-        self.conversion, self.quantization_config.dtype = conversion, plain_dtype(conversion.denoiser)
+        """Let a quantized model be saved by save_pretrained."""
+        config, self.conversion = self.quantization_config, conversion
+        config.dtype, config.format_version = plain_dtype(conversion.denoiser), format_version(conversion)
         # The way that reaches config.json: setting an attribute of the configuration does not.
-        conversion.denoiser.register_to_config(quantization_config=self.quantization_config)
+        conversion.denoiser.register_to_config(quantization_config=config)
 
     def get_state_dict_and_metadata(
         self, state_dict: dict[str, Any], safe_serialization: bool = False
@@ -201,15 +234,26 @@ class TRDQQuantizer(DiffusersQuantizer):
             raise CheckpointError(
                 "save_pretrained: quantized models are saved as safetensors; leave safe_serialization on."
             )
-        conversion = self.conversion
-        assert conversion is not None  # set as soon as a model is quantized or loaded
+        conversion = self._conversion()
         tensors = stored_tensors(conversion, state_dict)
         return tensors, {KEY: describe(conversion, tensors, conversion.denoiser.config).text()}
 
     @property
     def is_serializable(self) -> bool:
-        """Whether save_pretrained works."""
+        """Whether save_pretrained works; CheckpointError for a copy of a quantized model.
+
+        It is what save_pretrained asks first, before anything is written, so config.json is brought up to date here: a model
+        may have been cast since it was quantized.
+        """
+        self.adopt(self._conversion())
         return True
+
+    def _conversion(self) -> Conversion:
+        if self.conversion is None:
+            raise CheckpointError(
+                "save_pretrained: this model is a copy of a quantized one; save the model that was converted or loaded."
+            )
+        return self.conversion
 
     @property
     def is_trainable(self) -> bool:
@@ -220,3 +264,27 @@ class TRDQQuantizer(DiffusersQuantizer):
     def is_compileable(self) -> bool:
         """Whether torch.compile takes the model."""
         return True
+
+
+def make_saveable(conversion: Conversion) -> None:
+    """Let diffusers' own save_pretrained write a converted denoiser of diffusers as what it is, and refuse LoRAs for it.
+
+    Without the quantizer the packed weights would be written without a word of what they are, and come back as random ones.
+    """
+    denoiser = conversion.denoiser
+    denoiser.load_lora_adapter = denoiser.add_adapter = refuse_lora  # in place of what diffusers would try
+    if hasattr(denoiser, "register_to_config") and hasattr(denoiser, "save_pretrained"):
+        quantizer = TRDQQuantizer(TRDQConfig(conversion.recipe), pre_quantized=True)
+        quantizer.adopt(conversion)
+        conversion.count_file = file_bytes
+        denoiser.hf_quantizer, denoiser.quantization_method = quantizer, TRDQMethod.TRDQ
+
+
+def register(registry: ModuleType) -> None:
+    """Write the quantizer and its configuration into the two dictionaries of `diffusers.quantizers.auto`.
+
+    From then on every conversion is saved as what it is.
+    """
+    on_conversion(make_saveable)
+    registry.AUTO_QUANTIZER_MAPPING[TRDQMethod.TRDQ.value] = TRDQQuantizer
+    registry.AUTO_QUANTIZATION_CONFIG_MAPPING[TRDQMethod.TRDQ.value] = TRDQConfig

@@ -17,7 +17,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
 from torch import nn
 
-from trdq_core.adapters.quantizer import TRDQConfig, TRDQMethod, TRDQQuantizer
 from trdq_core.checkpoints.card import model_card
 from trdq_core.checkpoints.describe import conversion_of
 from trdq_core.convert import Conversion
@@ -34,19 +33,20 @@ class Saved(NamedTuple):
     denoiser_bytes: int  # of the quantized model's own files
 
 
-def prepare(conversion: Conversion) -> ModelMixin:
-    """Make a converted denoiser one that `save_pretrained` writes as what it is; CheckpointError if diffusers has none such."""
-    denoiser = conversion.denoiser
-    if not isinstance(denoiser, ModelMixin):
+def prepare(model: nn.Module) -> Conversion:
+    """The conversion of a denoiser that is about to be saved; CheckpointError for a copy of one, and for other libraries'."""
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    conversion = conversion_of(model)
+    if conversion.denoiser is not model:
         raise CheckpointError(
-            f"{type(denoiser).__name__}: only denoisers of diffusers can be saved; this one is of another library."
+            f"{type(model).__name__}: it is a copy of a quantized model; save the model that was converted or loaded."
         )
-    if not isinstance(getattr(denoiser, "hf_quantizer", None), TRDQQuantizer):
-        quantizer = TRDQQuantizer(TRDQConfig(conversion.recipe), pre_quantized=True)
-        quantizer.adopt(conversion)
-        denoiser.hf_quantizer = quantizer
-        denoiser.is_quantized, denoiser.quantization_method = True, TRDQMethod.TRDQ
-    return denoiser
+    if not isinstance(model, ModelMixin):
+        raise CheckpointError(
+            f"{type(model).__name__}: only denoisers of diffusers can be saved; this one is of another library."
+        )
+    model.is_quantized = True  # from now on diffusers refuses to cast it
+    return conversion
 
 
 def save_quantized(
@@ -68,8 +68,7 @@ def save_quantized(
     target = Path(folder)
     check_target(target, push_to_hub)
     denoisers = _denoisers(model)
-    for denoiser in denoisers.values():
-        prepare(conversion_of(denoiser))
+    conversions = [prepare(denoiser) for denoiser in denoisers.values()]
     source = model.denoiser if isinstance(model, Conversion) else model
     pipeline = None if isinstance(source, nn.Module) else type(source).__name__
     partial = target.with_name(f".{target.name}.{secrets.token_hex(4)}")
@@ -78,8 +77,7 @@ def save_quantized(
         nbytes = sum(folder_bytes(partial / part) for part in denoisers)
         if picture is not None:
             Image.fromarray(picture).save(partial / PICTURE)
-        first = conversion_of(next(iter(denoisers.values())))
-        card = _card(first, pipeline, nbytes, name, report, PICTURE if picture is not None else None)
+        card = _card(conversions[0], pipeline, nbytes, name, report, PICTURE if picture is not None else None)
         (partial / "README.md").write_text(card, encoding="utf-8")
         if target.exists():
             target.rmdir()
@@ -109,7 +107,8 @@ def upload(folder: Path, hub_id: str) -> None:
         api = HfApi()
         api.create_repo(hub_id, exist_ok=True)
         api.upload_folder(repo_id=hub_id, folder_path=folder, commit_message="Quantized with TR-DQ Studio")
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    # The client's HTTP library is its own affair, so what it raises without a network is taken from where the client names it.
+    except (HfHubHTTPError, *HfHubHTTPError.__bases__, OSError, ValueError) as error:
         reason = (str(error).strip().splitlines() or ["no reason given"])[0][:160]
         raise StorageError(
             f"push-to-hub: {hub_id} could not be uploaded ({reason}); log in with hf auth login. The model is in {folder.name}."
@@ -153,7 +152,6 @@ def _denoisers(model: DiffusionPipeline | nn.Module | Conversion) -> dict[str, n
     if isinstance(model, Conversion):
         return {"": model.denoiser}
     if isinstance(model, nn.Module):
-        conversion_of(model)
         return {"": model}
     found = {
         name: part

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from trdq_core.checkpoints.files import describe_tensors
-from trdq_core.checkpoints.manifest import SET_PREFIX, AttentionEntry, InputEntry, LayerEntry, Manifest, TimeEntry
+from trdq_core.checkpoints.codes import DATA, TIGHT_VERSION, takes_less, to_file
+from trdq_core.checkpoints.files import describe_tensors, tensor_digest
+from trdq_core.checkpoints.manifest import (
+    FIRST_VERSION,
+    SET_PREFIX,
+    AttentionEntry,
+    InputEntry,
+    LayerEntry,
+    Manifest,
+    TimeEntry,
+)
 from trdq_core.convert import Conversion
 from trdq_core.errors import CheckpointError
 from trdq_core.nn.input_quantizer import InputQuantizer
@@ -37,34 +46,65 @@ def set_name(group: int, name: str) -> str:
 
 def stored_tensors(conversion: Conversion, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """All that a checkpoint of the state `tensors` holds: with switched storage every set, whichever is active."""
-    found = dict(tensors)
-    switched = conversion.switched
+    found, switched = dict(tensors), conversion.switched
     if switched is not None:
         for group in range(conversion.time.groups.count):
             # Copied, so that saving over the very file they are mapped from cannot pull it away.
             found |= {set_name(group, name): switched.tensor(group, name).clone() for name in switched.names()}
-    for name, tensor in found.items():
-        if name.endswith(".qweight") and not tensor.is_meta:
-            found[name] = _in_panels(conversion.denoiser, name, tensor)
     meta = next((name for name, tensor in found.items() if tensor.is_meta), None)
     if meta is not None:
         raise CheckpointError(f"{meta}: it is offloaded, so it cannot be saved; remove the offloading hooks first.")
-    return found
+    return _as_in_a_file(conversion, found)
 
 
-def _in_panels(denoiser: nn.Module, name: str, tensor: Tensor) -> Tensor:
-    """A stored weight as every file has it, whatever the device that it was on: in panels."""
-    if name.startswith(SET_PREFIX):
-        name = name.removeprefix(SET_PREFIX).partition(".")[2]
-    linear = denoiser.get_submodule(name.rpartition(".")[0])
-    return linear.laid_out(tensor, panels=True) if isinstance(linear, QuantizedLinear) else tensor
+def stored_sizes(conversion: Conversion) -> dict[str, Tensor]:
+    """The tensors of `stored_tensors` without their numbers, on the meta device: nothing is copied."""
+    found, switched = (
+        {name: one.to("meta") for name, one in conversion.denoiser.state_dict().items()},
+        conversion.switched,
+    )
+    if switched is not None:
+        for group in range(conversion.time.groups.count):
+            found |= {set_name(group, name): switched.tensor(group, name).to("meta") for name in switched.names()}
+    return _as_in_a_file(conversion, found)
 
 
-def describe(conversion: Conversion, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Manifest:
+def _as_in_a_file(conversion: Conversion, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    for name, layer in conversion.quantized_layers().items():
+        if layer.integer:
+            tight = _is_tight(conversion, layer)
+            kept = {key: tensors[key] for key in _all_sets(conversion, f"{name}.{DATA}") if key in tensors}
+            tensors |= {key: to_file(layer, data, tight=tight) for key, data in kept.items()}
+    return tensors
+
+
+def _all_sets(conversion: Conversion, name: str) -> list[str]:
+    count = conversion.time.groups.count if conversion.switched is not None else 1
+    return [set_name(group, name) for group in range(count)]
+
+
+def _is_tight(conversion: Conversion, layer: QuantizedLinear) -> bool:
+    """Whether a layer's integers are written without a gap: not where sets are used as they lie in the file."""
+    return layer.integer and takes_less(layer.weight_bits) and conversion.switched is None
+
+
+def format_version(conversion: Conversion) -> int:
+    """The oldest version of the format that holds a conversion."""
+    tight = any(_is_tight(conversion, layer) for layer in conversion.quantized_layers().values())
+    return TIGHT_VERSION if tight else FIRST_VERSION
+
+
+def describe(
+    conversion: Conversion,
+    tensors: Mapping[str, Tensor],
+    config: Mapping[str, Any],
+    digest: Callable[[Tensor], str] = tensor_digest,
+) -> Manifest:
     """The manifest of a denoiser whose stored tensors are `tensors` and whose model configuration is `config`."""
     denoiser, time = conversion.denoiser, conversion.time
     processors = conversion.attention.processors if conversion.attention is not None else {}
     return Manifest(
+        format_version=format_version(conversion),
         recipe=conversion.recipe,
         model_class=type(denoiser).__name__,
         argument=TimeEntry(**time_argument(conversion.argument)._asdict()),
@@ -85,7 +125,7 @@ def describe(conversion: Conversion, tensors: Mapping[str, Tensor], config: Mapp
             )
             for name, grids in ((name, processor.grids) for name, processor in processors.items())
         ),
-        tensors=describe_tensors(tensors),
+        tensors=describe_tensors(tensors, digest),
     )  # fmt: skip
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from trdq_core.checkpoints.manifest import KEY, Manifest, TensorEntry, read_manifest
+from trdq_core.checkpoints.codes import DATA, check_sums, integers
+from trdq_core.checkpoints.manifest import KEY, SET_PREFIX, Manifest, TensorEntry, read_manifest
 from trdq_core.errors import CheckpointError
+from trdq_core.plan import LayerInfo, rule_for
 
 DTYPE_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
@@ -92,20 +95,28 @@ def check_contents(checkpoint: Checkpoint) -> None:
                     )
                 if entry.name.endswith(".permutation"):
                     _check_permutation(entry.name, tensor)
-
-
-def describe_tensors(tensors: Mapping[str, Tensor]) -> tuple[TensorEntry, ...]:
-    """The table of tensors that are about to be saved."""
-    return tuple(
-        TensorEntry(name=name, dtype=dtype_name(name, tensor), shape=tuple(tensor.shape), sha256=tensor_digest(tensor))
-        for name, tensor in sorted(tensors.items())
-    )
+                if entry.name.endswith(".column_sum"):
+                    _check_sums(checkpoint, entry.name, tensor)
+                if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                    raise CheckpointError(
+                        f"{entry.name:.100}: it holds NaN or infinity in {path.name}; load another copy of the model."
+                    )
 
 
 def tensor_digest(tensor: Tensor) -> str:
     """SHA-256 of a tensor's bytes as safetensors writes them."""
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     return hashlib.sha256(memoryview(flat.view(torch.uint8).numpy())).hexdigest()
+
+
+def describe_tensors(
+    tensors: Mapping[str, Tensor], digest: Callable[[Tensor], str] = tensor_digest
+) -> tuple[TensorEntry, ...]:
+    """The table of tensors that are about to be saved."""
+    return tuple(
+        TensorEntry(name=name, dtype=dtype_name(name, tensor), shape=tuple(tensor.shape), sha256=digest(tensor))
+        for name, tensor in sorted(tensors.items())
+    )
 
 
 def dtype_name(name: str, tensor: Tensor) -> str:
@@ -159,6 +170,27 @@ def _first_difference(told: Mapping[str, Any], found: Mapping[str, Any]) -> Iter
             yield name, 1
         elif told[name] != found[name]:
             yield name, 0
+
+
+def _check_sums(checkpoint: Checkpoint, name: str, sums: Tensor) -> None:
+    """The sums (sets, out) of a layer's integers, with which zero points are taken out of a product."""
+    prefix = name.removesuffix("column_sum")
+    layer = re.sub(rf"^{re.escape(SET_PREFIX)}\d+\.", "", prefix).removesuffix(".")
+    told = next(one for one in checkpoint.manifest.layers if one.name == layer)
+    rule = rule_for(LayerInfo(**told.to_dict()), checkpoint.manifest.recipe)
+    assert rule is not None and rule.weight is not None  # what was put into the model is what the recipe quantizes
+    data, scales = _tensor(checkpoint, f"{prefix}{DATA}"), _tensor(checkpoint, f"{prefix}group_scale")
+    assert data is not None  # it has sums
+    for index, one in enumerate(data):
+        values = integers(one, rule.weight.bits, told.out_features, told.in_features)
+        check_sums(name, values, sums[index], None if scales is None else scales[index])
+
+
+def _tensor(checkpoint: Checkpoint, name: str) -> Tensor | None:
+    if name not in checkpoint.places:
+        return None
+    with safe_open(checkpoint.places[name], "pt") as stored:
+        return stored.get_tensor(name)
 
 
 def _check_permutation(name: str, tensor: Tensor) -> None:

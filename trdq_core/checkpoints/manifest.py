@@ -11,7 +11,8 @@ from typing import Any
 from trdq_core.errors import CheckpointError
 from trdq_core.specs import Recipe, Spec
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # the newest that is read
+FIRST_VERSION = 1  # and what is written where nothing needs a newer one
 KEY = "trdq"  # of the metadata of a safetensors file
 SET_PREFIX = "trdq.sets."  # tensors of the switched sets after the first, which stands under the layers' own names
 GREATEST = 64 << 20  # characters; the table of a model of ten thousand tensors takes two million
@@ -85,7 +86,7 @@ class TensorEntry(Spec):
 class Manifest(Spec):
     """Everything about a quantized denoiser that is not a tensor. `config` is the model's, to tell a changed one."""
 
-    format_version: int = FORMAT_VERSION
+    format_version: int = FIRST_VERSION
     recipe: Recipe
     model_class: str
     argument: TimeEntry = field(default_factory=TimeEntry)

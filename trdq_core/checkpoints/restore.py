@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from trdq_core.attention_products import apply_attention, use_int8_attention
+from trdq_core.checkpoints.codes import DATA, TIGHT_VERSION, takes_less, tight_shape
 from trdq_core.checkpoints.describe import conversion_of, plain_config, set_name
 from trdq_core.checkpoints.files import Checkpoint, dtype_name
 from trdq_core.checkpoints.manifest import InputEntry, Manifest
@@ -279,6 +280,13 @@ def _check_stored(denoiser: nn.Module, checkpoint: Checkpoint, swapped: Modules)
         for leaf, buffer in set_buffers(module).items():
             for group in range(module.sets):
                 wanted[set_name(group, f"{prefix}.{leaf}")] = (dtype_name(leaf, buffer), (1, *buffer.shape[1:]))
+    tight = {} if swapped else _tight(denoiser)
+    if checkpoint.manifest.format_version >= TIGHT_VERSION:
+        if not tight:
+            raise CheckpointError(
+                f"it says format {TIGHT_VERSION} and holds nothing that needs it; copy the folder again."
+            )
+        wanted |= {f"{name}.{DATA}": ("U8", tight_shape(layer)) for name, layer in tight.items()}
     stored = {entry.name: entry for entry in checkpoint.manifest.tensors}
     for name in sorted({*wanted, *stored}):
         if name not in stored:
@@ -292,6 +300,12 @@ def _check_stored(denoiser: nn.Module, checkpoint: Checkpoint, swapped: Modules)
                 f"tensor {name:.100} is {entry.dtype} {list(entry.shape)}, its recipe makes {kind or 'any type'} "
                 f"{list(shape)}; copy the folder again."
             )
+
+
+def _tight(denoiser: nn.Module) -> dict[str, QuantizedLinear]:
+    """The layers whose integers a file of this version holds without a gap."""
+    found = {name: one for name, one in denoiser.named_modules() if isinstance(one, QuantizedLinear)}
+    return {name: layer for name, layer in found.items() if layer.integer and takes_less(layer.weight_bits)}
 
 
 def _attention_grids(manifest: Manifest) -> dict[str, AttentionGrids]:
