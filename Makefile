@@ -6,6 +6,7 @@ HOST ?= 127.0.0.1
 PORT ?=
 ARGS ?=
 TESTS ?=
+JOBS ?= 2
 OUT := runs/bench-$(shell date +%Y%m%d-%H%M%S)
 RECIPES ?= fp,rtn-w8a8,tr-dq-w8a8,rtn-w4a8,smoothquant-w4a8,vidit-q-w4a8,tr-dq-w4a8
 
@@ -18,8 +19,8 @@ help: ## Show this list
 studio: $(VENV)/.runtime ## Install what is missing and serve the studio on 127.0.0.1
 	$(BIN)/python app.py --host $(HOST) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: $(VENV)/.test ## Run every test; the browser ones too where Chromium is present
-	$(BIN)/python -m pytest $(TESTS) $(ARGS)
+test: $(VENV)/.test ## Run every test in JOBS processes (2); the browser ones too where Chromium is present
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(TESTS) $(ARGS)
 
 sanitize: $(VENV)/.test ## The kernel tests again, in a library built with address and undefined-behaviour sanitizers
 	TRDQ_SANITIZE=1 $(BIN)/python -m pytest tests/kernels/test_process.py $(ARGS)

@@ -60,6 +60,8 @@ METRICS = {
     "weight_share": Metric("of reference", 1, 3, True),
     "file_share": Metric("file of bf16 file", 1, 3, False),
     "effective_bits": Metric("bits a weight", 1, 2, False),
+    "calibration_seconds": Metric("calibrate s", 1, 1, False),
+    "fit_seconds": Metric("fit s", 1, 1, False),
     "peak_rss_bytes": Metric("peak memory MiB", 1 / 2**20, 0, False),
     "call_us": Metric("call µs", 1, 1, False),
     "call_speed": Metric("against the first", 1, 2, False),
