@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -174,7 +175,7 @@ def _table(key: tuple[str, str, str], rows: Sequence[Row], *, brief: bool) -> st
     shown = [
         name for name in METRICS if any(metric == name for _, metric in latest) and (METRICS[name].brief or not brief)
     ]
-    recipes = list(dict.fromkeys(recipe for recipe, _ in latest))
+    recipes = sorted(dict.fromkeys(recipe for recipe, _ in latest), key=_bits)
     lines = [
         f"**{model}** on {device}, {threads} threads. {_how(latest.values())}",
         "",
@@ -185,6 +186,12 @@ def _table(key: tuple[str, str, str], rows: Sequence[Row], *, brief: bool) -> st
         cells = [_cell(latest.get((recipe, name)), METRICS[name], brief=brief) for name in shown]
         lines.append(f"| {recipe}{_mark(recipe, latest)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
+
+
+def _bits(recipe: str) -> tuple[int, int]:
+    """Sorts recipes with more bits first, and what has none in its name before them."""
+    found = re.search(r"-w(\d+)a(\d+)", recipe)
+    return (-int(found[1]), -int(found[2])) if found else (-32, -32)
 
 
 def _how(rows: Iterable[Row]) -> str:
