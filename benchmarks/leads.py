@@ -74,16 +74,16 @@ def method_of(recipe: str) -> str:
 
 
 def make_lead_table(tables: Mapping[str, Mapping[tuple[str, str], Row]]) -> str:
-    """Markdown: for each bit-width and recipe of ours, the best published recipe that takes as many bits or more, the best
-    of all published ones, and by how much ours is ahead. `tables` are latest rows by (recipe, metric), by bit-width.
+    """Markdown: for each bit-width and recipe of ours, the best published recipe packed into as many bits or fewer, the
+    best of all published ones, and by how much ours is ahead. `tables` are latest rows by (recipe, metric), by bit-width.
     """
     lines = []
     for bits, latest in tables.items():
         entries = [entry for name in {recipe for recipe, _ in latest} if (entry := _entry(name, latest)) is not None]
         published = [entry for entry in entries if not entry.ours]
         for entry in sorted(filter(lambda entry: entry.ours, entries), key=lambda entry: -entry.score):
-            heavier = [other for other in published if other.packed >= entry.packed]
-            cells = [_against(entry, heavier), _against(entry, published)]
+            lighter = [other for other in published if other.packed <= entry.packed]
+            cells = [_against(entry, lighter), _against(entry, published)]
             numbers = f"{entry.bits:.2f} | {entry.packed:.2f} | {entry.score:.2f}"
             lines.append(f"| {bits} | {entry.name} | {numbers} | {' | '.join(cells)} |")
     if not lines:
@@ -93,7 +93,7 @@ def make_lead_table(tables: Mapping[str, Mapping[tuple[str, str], Row]]) -> str:
         "low-rank factors; packed, also the sets of all time groups.",
         "",
         "| bits | ours | bits a weight | packed | latent SQNR dB | lead over the best published one packed into as many bits or "
-        "more | lead over the best published one |",
+        "fewer | lead over the best published one |",
         "| --- | --- | ---: | ---: | ---: | --- | --- |",
     ]
     return "\n".join([*head, *lines])

@@ -64,17 +64,17 @@ def test_methods_are_known_by_the_longest_name() -> None:
     assert method_of("mine") == ""
 
 
-def test_the_lead_is_over_published_recipes_of_as_many_bits() -> None:
+def test_the_lead_is_over_published_recipes_of_as_many_bits_or_fewer() -> None:
     def of(sqnr: float, bits: float, packed: float) -> dict[str, Any]:
         return facts("W4A8", sqnr, effective_bits=bits, packed_bits=packed)
 
     recipes = {
-        "tr-dq-plus-w4a8": of(25.0, 4.4, 15.0), "tr-dq-plus-1-group-w4a8": of(24.0, 4.4, 4.3), "quarot-w4a8": of(23.5, 4.3, 4.2),
+        "tr-dq-plus-w4a8": of(25.0, 4.4, 15.0), "tr-dq-plus-1-group-w4a8": of(24.0, 4.4, 4.1), "quarot-w4a8": of(23.5, 4.3, 4.2),
         "q-dit-w4a8": of(22.0, 4.5, 4.4), "svdquant-w4a8": of(23.0, 7.3, 7.2),
     }  # fmt: skip
     text = make_evaluation_tables(rows_from_report({**REPORT, "recipes": recipes}))
     ahead = [line for line in text.splitlines() if line.startswith("| W4A8 |")]
     assert ahead == [
-        "| W4A8 | tr-dq-plus-w4a8 | 4.40 | 15.00 | 25.00 | none | +1.50 dB: quarot, 4.20 bits |",
-        "| W4A8 | tr-dq-plus-1-group-w4a8 | 4.40 | 4.30 | 24.00 | +1.00 dB: svdquant, 7.20 bits | +0.50 dB: quarot, 4.20 bits |",
+        "| W4A8 | tr-dq-plus-w4a8 | 4.40 | 15.00 | 25.00 | +1.50 dB: quarot, 4.20 bits | +1.50 dB: quarot, 4.20 bits |",
+        "| W4A8 | tr-dq-plus-1-group-w4a8 | 4.40 | 4.10 | 24.00 | none | +0.50 dB: quarot, 4.20 bits |",
     ]
