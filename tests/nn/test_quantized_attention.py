@@ -155,6 +155,17 @@ def single_head() -> AttentionGrids:
     return AttentionGrids(torch.ones(1), torch.full((1,), 1e-12), torch.full((1,), 1e-12), 8, 8)
 
 
+@pytest.mark.parametrize("threshold", [None, 0.1])
+def test_a_row_that_sees_nothing_is_zero(threshold: float | None) -> None:
+    x = torch.randn(1, 1, 5, 4)
+    mask = torch.zeros(1, 1, 5, 5)
+    mask[:, :, 2] = -torch.inf
+    out = quantized_products(Map(x, x, mask), x, single_head(), threshold)
+    assert torch.isfinite(out).all()
+    assert not out[:, 2].any()
+    assert out[:, :2].any()
+
+
 def test_quantized_linears_feed_quantized_products() -> None:
     attention, x = make()
     plain = attention(x)

@@ -80,9 +80,14 @@ def quantized_products(source: Map, values: Tensor, grids: AttentionGrids, thres
     for start in range(0, rows, step):
         part = slice(start, start + step)
         scores = q[:, :, part] @ k * width**-0.5
-        if source.mask is not None:
-            scores = scores + (source.mask[:, :, part] if source.mask.shape[2] > 1 else source.mask)
-        parts.append(quantize_map(scores.softmax(-1), grids.softmax_bits, threshold) @ v)
+        if source.mask is None:
+            probabilities = scores.softmax(-1)
+        else:
+            bias = source.mask[:, :, part] if source.mask.shape[2] > 1 else source.mask
+            # A row that sees nothing: 0 as in torch's attention, where softmax alone has NaN.
+            nothing = (bias == -torch.inf).all(-1, keepdim=True)
+            probabilities = (scores + bias).softmax(-1).masked_fill(nothing, 0.0)
+        parts.append(quantize_map(probabilities, grids.softmax_bits, threshold) @ v)
     return torch.cat(parts, 2).transpose(1, 2)
 
 
