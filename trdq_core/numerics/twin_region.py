@@ -84,9 +84,9 @@ class SignGrid(NamedTuple):
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x on the nearest level of its sign, in x's dtype."""
         half = 2 ** (self.bits - 1)
-        below = (x / self.negative_step).round().clamp(-half, 0) * self.negative_step
-        above = (x / self.positive_step).round().clamp(0, half - 1) * self.positive_step
-        return torch.where(x < 0, below, above)
+        steps = torch.tensor([self.negative_step, self.positive_step], dtype=x.dtype, device=x.device)
+        step = torch.where(x < 0, *steps)
+        return (x / step).round_().clamp_(-half, half - 1).mul_(step)  # a quotient has the sign of x
 
     def levels(self) -> Tensor:
         """All levels, rising, float64: 2^bits."""
