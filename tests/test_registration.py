@@ -9,26 +9,30 @@ import pytest
 
 import trdq_core
 from trdq_core import registration
-from trdq_core.registration import REGISTRY, exported, register_quantizer
+from trdq_core.registration import HOOKS, exported, register_quantizer
+
+REGISTRY = "diffusers.quantizers.auto"
 
 
 @pytest.fixture
-def without_registry(monkeypatch: pytest.MonkeyPatch) -> list[object]:
-    """As if diffusers had not been imported; what is put among the finders goes again."""
-    monkeypatch.delitem(sys.modules, REGISTRY, raising=False)
+def without_diffusers(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """As if neither the modules that are waited for nor ours had been imported; what is put among the finders goes again."""
+    for name in (*HOOKS, *(where for where, _ in HOOKS.values())):
+        monkeypatch.delitem(sys.modules, name, raising=False)
     finders = [finder for finder in sys.meta_path if not isinstance(finder, registration._Finder)]
     monkeypatch.setattr(sys, "meta_path", finders)
     return finders
 
 
-def test_one_finder_waits_and_looks_at_nothing_else(without_registry: list[object]) -> None:
+def test_one_finder_waits_for_each_module_and_looks_at_nothing_else(without_diffusers: list[object]) -> None:
     register_quantizer()
     register_quantizer()
-    waiting = [finder for finder in without_registry if isinstance(finder, registration._Finder)]
-    assert len(waiting) == 1
-    for name in ("json", "diffusers", "diffusers.quantizers", "torch"):
-        assert waiting[0].find_spec(name) is None
-    assert waiting[0] in without_registry
+    waiting = [finder for finder in without_diffusers if isinstance(finder, registration._Finder)]
+    assert sorted(finder.name for finder in waiting) == sorted({*HOOKS, *(where for where, _ in HOOKS.values())})
+    for finder in waiting:
+        for name in ("json", "diffusers", "diffusers.quantizers", "torch"):
+            assert finder.find_spec(name) is None
+        assert finder in without_diffusers
 
 
 def test_a_registry_that_is_there_is_written_into_at_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -93,7 +93,10 @@ def test_every_method_runs_on_clips(method: str, subject: Callable[..., Subject]
     assert 0 < error < 0.5, f"{10 * math.log10(1 / error):.1f} dB"
     if recipe.attention is not None:
         found = changed.facts()["attention"]
-        assert found["attentions"] == len(attentions(layers, cross=recipe.attention.cross))
+        asked = len(attentions(layers, cross=recipe.attention.cross))
+        # Int8 products are those of the C++ kernels; this backend has none of them, and says so.
+        assert found["attentions"] == (0 if recipe.attention.live else asked)
+        assert not recipe.attention.live or found["exact"] == asked
         assert found["calls"] == STEPS * found["attentions"]
     if recipe.reconstruction is not None:
         units = [unit for unit in changed.facts()["reconstruction"]["units"] if unit["kind"] == "block"]

@@ -142,7 +142,7 @@ def test_misfits_are_named() -> None:
     two, one = torch.zeros(2, 64), torch.zeros(1, 64)
     with pytest.raises(ShapeError, match="divides the tokens"):
         ours(x, NO_STAGES, weights, Prologue("norm", two.repeat(2, 1), two.repeat(2, 1), 1e-6), None)
-    with pytest.raises(ShapeError, match="shape"):
+    with pytest.raises(ShapeError, match="give both for the same items"):
         ours(x, NO_STAGES, weights, Prologue("norm", two, one, 1e-6), None)
     with pytest.raises(ShapeError, match="cannot be added"):
         ours(x, NO_STAGES, weights, None, Epilogue(torch.zeros(6, 41)))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tests.nn.test_linear import make
 from trdq_core.checkpoints.describe import set_name, stored_tensors
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.switched import SwitchedSets, keep_first_set, set_buffers, write_sets
 from trdq_core.nn.switched_device import CudaEngine, DeviceSets, block_of
 
@@ -308,7 +309,8 @@ def test_a_file_of_a_cpu_serves_a_gpu_and_is_saved_as_it_was(tmp_path: Path, mon
     panels = found.tensor(1, "blocks.0.0.qweight")
     assert layer.qweight.dim() == 3
     assert torch.equal(layer.laid_out(layer.qweight, panels=True), panels)
-    conversion = SimpleNamespace(denoiser=denoiser, switched=found, time=denoiser.time)
+    layers = {name: part for name, part in denoiser.named_modules() if isinstance(part, QuantizedLinear)}
+    conversion = SimpleNamespace(denoiser=denoiser, switched=found, time=denoiser.time, quantized_layers=lambda: layers)
     saved = stored_tensors(conversion, denoiser.state_dict())
     assert torch.equal(saved[set_name(1, "blocks.0.0.qweight")], panels)
     assert torch.equal(saved["blocks.0.0.qweight"], found.tensor(0, "blocks.0.0.qweight"))
