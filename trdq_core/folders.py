@@ -94,10 +94,13 @@ class RunFolder:
         self.write("report.json", json.dumps(report, indent=1, allow_nan=False))
 
     def save_picture(self, name: str, picture: np.ndarray) -> str:
-        """Save (height, width, 3) uint8 under the run folder; returns the path inside it."""
+        """Save (height, width, 3) uint8 under the run folder, whole or not at all: a page may read the one before meanwhile.
+        Returns the path inside it."""
         file = self._inside(name)
+        partial = file.with_name(f"{file.stem}.tmp{file.suffix}")
         try:
-            Image.fromarray(picture).save(file)
+            Image.fromarray(picture).save(partial)
+            partial.replace(file)
         except OSError as error:
             raise _storage_error(self.path, error) from error
         return name

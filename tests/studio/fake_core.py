@@ -276,7 +276,9 @@ class _FakeRun:
             0.0 if name == "fp" else 0.02 if name == "fp+sharing" else 0.04 if name.startswith("tr-dq") else 0.12
         )
         random = np.random.default_rng(len(relative)).normal(size=picture.shape)
-        Image.fromarray((np.clip(picture + amount * random, 0, 1) * 255).astype(np.uint8)).save(path)
+        partial = path.with_name(f"{path.stem}.tmp{path.suffix}")  # whole or not at all, as the core does it
+        Image.fromarray((np.clip(picture + amount * random, 0, 1) * 255).astype(np.uint8)).save(partial)
+        partial.replace(path)
 
     def _pause(self, stage: str) -> None:
         time.sleep(self.runs.pace)
