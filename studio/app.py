@@ -10,6 +10,7 @@ import gradio as gr
 from studio import endpoints, theme
 from studio.components import controls as sidebar
 from studio.components import html, result, trial
+from studio.components.events import QUEUED, QUICK
 from studio.context import Studio
 from studio.pages import activations, compare, getting, guidance, layers, profile, runs, saving
 from studio.services import getting as fetching
@@ -38,18 +39,19 @@ def build(core: Core | Studio | None = None) -> gr.Blocks:
         offered = fetching.choices(studio.core) if studio.settings.downloads else None
         controls = sidebar.build(models.choices(studio.core), offered, allow_hub=studio.settings.allow_hub)
         strip, problem = compare.build_strip()
+        # Their children are made with the page: an answer that meets widgets in the making is shown in part only.
         with gr.Tabs(selected="compare", elem_id="pages") as tabs:
             with gr.Tab("Compare", id="compare"):
                 compare_page = compare.build(strip, problem, saved)
-            with gr.Tab("Activations", id="activations") as activations_tab:
+            with gr.Tab("Activations", id="activations", render_children=True) as activations_tab:
                 activations_page = activations.build()
-            with gr.Tab("Guidance", id="guidance") as guidance_tab:
+            with gr.Tab("Guidance", id="guidance", render_children=True) as guidance_tab:
                 guidance_page = guidance.build(strip, problem, saved_trial)
-            with gr.Tab("Layers", id="layers") as layers_tab:
+            with gr.Tab("Layers", id="layers", render_children=True) as layers_tab:
                 layers_page = layers.build(strip, problem)
-            with gr.Tab("Profile", id="profile") as profile_tab:
+            with gr.Tab("Profile", id="profile", render_children=True) as profile_tab:
                 profile_page = profile.build()
-            with gr.Tab("Runs", id="runs") as runs_tab:
+            with gr.Tab("Runs", id="runs", render_children=True) as runs_tab:
                 runs_page = runs.build()
         compare.wire(studio, controls, compare_page, header, lambda: header_now(studio))
         activations.wire(studio, controls, activations_page, activations_tab)
@@ -94,25 +96,23 @@ def header_now(studio: Studio) -> str:
 def _wire_page(
     studio: Studio, demo: gr.Blocks, header: gr.HTML, controls: sidebar.Controls, page: compare.ComparePage
 ) -> None:
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
     def choose(name: str, prompt: str) -> dict[Any, Any]:
         line = {controls.model_line: models.line(studio.core, name)}
         return line | sidebar.of_model(controls, name, models.kind(studio.core, name), prompt)
 
     of_model = [controls.model_line, controls.prompt, controls.examples, controls.extra_prompts]
-    controls.model.change(choose, [controls.model, controls.prompt], of_model, **quiet)
-    gr.Timer(HEADER_EVERY).tick(lambda: header_now(studio), outputs=header, queue=False, **quiet)
+    controls.model.change(choose, [controls.model, controls.prompt], of_model, **QUICK)
+    gr.Timer(HEADER_EVERY).tick(lambda: header_now(studio), outputs=header, **QUICK)
 
     def restore(run_id: str | None) -> dict[Any, Any]:
         run = studio.runs.open(run_id) if isinstance(run_id, str) else None
         return result.stored(page.result, run) if run and run.recipes else {page.result.run_id: None}
 
-    demo.load(restore, page.saved, page.result.widgets(), **quiet)
-    demo.load(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **quiet)
+    demo.load(restore, page.saved, page.result.widgets(), **QUEUED)
+    demo.load(lambda name: models.line(studio.core, name), controls.model, controls.model_line, **QUICK)
     demo.load(
         lambda: sidebar.offer(controls, studio.recipes.all()), None,
-        [controls.saved, controls.method, controls.baseline], **quiet,
+        [controls.saved, controls.method, controls.baseline], **QUEUED,
     )  # fmt: skip
     compare.plan_at_load(studio, demo, controls, page)
 
@@ -121,15 +121,14 @@ def _restore_trial(studio: Studio, demo: gr.Blocks, page: guidance.GuidancePage)
     def restore(run_id: str | None) -> dict[Any, Any]:
         return trial.stored(page.use.trial, studio.runs.open(run_id) if isinstance(run_id, str) else None)
 
-    demo.load(restore, page.use.saved, page.use.trial.widgets(), show_progress="hidden", api_visibility="private")
+    demo.load(restore, page.use.saved, page.use.trial.widgets(), **QUICK)
 
 
 def _keep_plan(demo: gr.Blocks, controls: sidebar.Controls) -> None:
     """An applied plan outlives a reload: the browser keeps it, and what comes back is checked as any other input."""
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     saved = gr.BrowserState(None, storage_key=PLAN_KEY, secret=PLAN_SECRET)
-    controls.applied.change(sharing.kept, controls.applied, saved, **quiet)
-    demo.load(restored_plan, saved, [controls.applied, controls.share], **quiet)
+    controls.applied.change(sharing.kept, controls.applied, saved, **QUICK)
+    demo.load(restored_plan, saved, [controls.applied, controls.share], **QUEUED)
 
 
 def restored_plan(text: Any) -> tuple[Any, Any]:

@@ -7,9 +7,10 @@ from typing import Any
 
 import gradio as gr
 
+from studio.components.events import JOBS
 from studio.context import Studio
 from studio.jobs import explain
-from studio.pages.shared import JOBS, session_of
+from studio.pages.shared import session_of
 from studio.services import api, models
 from studio.services.form import Form
 from studio.services.work import run_work

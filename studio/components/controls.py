@@ -9,6 +9,7 @@ import gradio as gr
 
 from studio.components import getting
 from studio.components import methods as lines
+from studio.components.events import QUICK
 from studio.services import form as forms
 from studio.services import methods, peers, prompts, sharing
 from studio.services.form import AppliedPlan, Form
@@ -67,19 +68,16 @@ def build(
             made["getting"] = getting.build(offered, allow_hub)
         made |= _quantization() | _sampling() | _buttons()
     controls = Controls(**made)
-    controls.random_seed.click(
-        forms.random_seed, outputs=controls.seed, queue=False, show_progress="hidden", api_visibility="private"
-    )
+    controls.random_seed.click(forms.random_seed, outputs=controls.seed, **QUICK)
     controls.group_kind.change(
-        _group_widgets, [controls.group_kind, controls.groups], [controls.groups, controls.edges, controls.group_line],
-        queue=False, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+        _group_widgets,
+        [controls.group_kind, controls.groups],
+        [controls.groups, controls.edges, controls.group_line],
+        **QUICK,
+    )
     for chosen, line in ((controls.method, controls.method_line), (controls.baseline, controls.baseline_line)):
         depends = [chosen, controls.weight_bits, controls.activation_bits, controls.saved]
-        gr.on(
-            [widget.change for widget in depends], _method_line, depends, line,
-            queue=False, show_progress="hidden", api_visibility="private",
-        )  # fmt: skip
+        gr.on([widget.change for widget in depends], _method_line, depends, line, **QUICK)
     return controls
 
 

@@ -9,6 +9,7 @@ import gradio as gr
 
 from studio import plots
 from studio.components import clips, html, saving
+from studio.components.events import LATEST
 from studio.components.titles import ROLES, column_names, line_colours, title_of, under
 from studio.jobs import TRDQError, explain
 from studio.services import pictures
@@ -131,16 +132,10 @@ def wire(view: ResultView, closer: Any, player: Any) -> None:
 
     `player` maps the run and the prompt of a run of clips to its player.
     """
-    view.clip_prompt.input(
-        player, [view.run_id, view.clip_prompt], view.clips, show_progress="hidden", trigger_mode="always_last",
-        api_visibility="private", concurrency_limit=4,
-    )  # fmt: skip
+    view.clip_prompt.input(player, [view.run_id, view.clip_prompt], view.clips, **LATEST)
     inputs = [view.run_id, view.left, view.right, view.prompt, view.gain]
     for widget in (view.left, view.right, view.prompt, view.gain):
-        widget.input(
-            closer, inputs, [view.wipe, view.difference, view.scale], show_progress="hidden",
-            trigger_mode="always_last", api_visibility="private", concurrency_limit=4,
-        )  # fmt: skip
+        widget.input(closer, inputs, [view.wipe, view.difference, view.scale], **LATEST)
 
 
 def cleared(view: ResultView, names: list[str], same: str, *, moving: bool = False) -> Updates:

@@ -10,9 +10,10 @@ import gradio as gr
 
 from studio.components import html, methods, plan, result
 from studio.components.controls import Controls
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import Job, explain
-from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, refuse, strip_of, submit
+from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, refuse, strip_of, submit
 from studio.services import models
 from studio.services.form import Form, RunSpec, calibrate_spec, compare_spec, profile_spec
 from studio.services.methods import all_facts
@@ -65,26 +66,20 @@ def wire(studio: Studio, controls: Controls, page: ComparePage, header: gr.HTML,
     session = _Session(studio, page)
     inputs = controls.inputs()
     planned = {"inputs": inputs, "outputs": [page.summary, page.table, controls.prices, page.problem]}
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden",
-        "trigger_mode": "always_last",
-        "api_visibility": "private",
-        "concurrency_limit": 4,
-    }
     # One event for all of them: the page then keeps their order, and the newest plan is the one that stays.
     changes = [widget.change for widget in controls.planned()]
-    gr.on([*changes, controls.edges.submit, controls.edges.blur], session.plan, **planned, **quiet)
+    gr.on([*changes, controls.edges.submit, controls.edges.blur], session.plan, **planned, **LATEST)
     bits = [controls.weight_bits, controls.activation_bits]
-    gr.on([widget.change for widget in bits], methods_table, bits, page.methods, **quiet)
+    gr.on([widget.change for widget in bits], methods_table, bits, page.methods, **LATEST)
     outputs = [page.strip, page.problem, *page.result.widgets(), page.saved]
     compare = controls.compare.click(session.compare, inputs, outputs, js=CLOSE_SIDEBAR, **JOBS)
     calibrate = controls.calibrate.click(
         session.calibrate, inputs, [page.strip, page.problem], js=CLOSE_SIDEBAR, **JOBS
     )
-    controls.cancel.click(session.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
+    controls.cancel.click(session.cancel, None, None, **QUICK)
     for job in (compare, calibrate):
-        job.then(header_now, None, header, queue=False, show_progress="hidden", api_visibility="private")
-        job.success(session.plan, **planned, **quiet)
+        job.then(header_now, None, header, **QUICK)
+        job.success(session.plan, **planned, **LATEST)
 
     def closer(run_id: str | None, left: str, right: str, prompt: int, gain: int) -> tuple[Any, ...]:
         return result.closer_look(studio.runs.open(run_id), left, right, prompt, gain)
@@ -99,7 +94,7 @@ def plan_at_load(studio: Studio, demo: gr.Blocks, controls: Controls, page: Comp
     """Show the plan as soon as the page is open."""
     outputs = [page.summary, page.table, controls.prices, page.problem]
     handler = _Session(studio, page).plan
-    demo.load(handler, controls.inputs(), outputs, show_progress="hidden", api_visibility="private")
+    demo.load(handler, controls.inputs(), outputs, **QUICK)
 
 
 @dataclass(frozen=True)

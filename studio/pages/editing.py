@@ -12,6 +12,7 @@ import gradio as gr
 from studio.components import edited, html
 from studio.components.controls import Controls, offer
 from studio.components.editing import SIDEBAR, PlanPart, source_choices
+from studio.components.events import QUEUED, QUICK
 from studio.context import Studio
 from studio.jobs import TRDQError, explain
 from studio.services import commands, scans
@@ -27,16 +28,15 @@ NO_PLAN = "plan: there is none yet; press Start."
 def wire(studio: Studio, controls: Controls, page: PlanPart, stored: gr.Dropdown, tabs: gr.Tabs) -> None:
     """Connect the widgets; `stored` holds the chosen scan."""
     handlers, form = Handlers(studio, page, controls, tabs), controls.inputs()
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "concurrency_limit": 4}
     about = [page.edit, stored]
-    page.start.click(handlers.start, [page.source, stored, *form], page.drawn(), **quiet)
-    page.fit.click(handlers.fit, [page.budget, stored, *form], page.drawn(), **quiet)
+    page.start.click(handlers.start, [page.source, stored, *form], page.drawn(), **QUICK)
+    page.fit.click(handlers.fit, [page.budget, stored, *form], page.drawn(), **QUICK)
     page.set_bits.click(
-        handlers.set_bits, [*about, page.picked, page.weight_bits, page.activation_bits, *form], page.drawn(), **quiet
+        handlers.set_bits, [*about, page.picked, page.weight_bits, page.activation_bits, *form], page.drawn(), **QUICK
     )
-    page.skip.click(handlers.skip, [*about, page.picked, *form], page.drawn(), **quiet)
-    page.undo.click(handlers.undo, [*about, page.picked, *form], page.drawn(), **quiet)
-    page.table.select(handlers.pick, [page.edit, page.picked], page.picked, **quiet)
+    page.skip.click(handlers.skip, [*about, page.picked, *form], page.drawn(), **QUICK)
+    page.undo.click(handlers.undo, [*about, page.picked, *form], page.drawn(), **QUICK)
+    page.table.select(handlers.pick, [page.edit, page.picked], page.picked, **QUICK)
     kept = [
         page.saved,
         page.file,
@@ -47,9 +47,9 @@ def wire(studio: Studio, controls: Controls, page: PlanPart, stored: gr.Dropdown
         controls.method,
         controls.baseline,
     ]
-    page.save.click(handlers.save, [*about, page.name, *form], kept, **quiet)
+    page.save.click(handlers.save, [*about, page.name, *form], kept, **QUEUED)
     page.use.click(
-        handlers.use, page.name, [controls.saved, controls.method, controls.baseline, page.saved, tabs], **quiet
+        handlers.use, page.name, [controls.saved, controls.method, controls.baseline, page.saved, tabs], **QUEUED
     )
 
 
@@ -57,8 +57,7 @@ def follow_scan(studio: Studio, controls: Controls, page: PlanPart, stored: gr.D
     """After `event` draw the plan with the errors of the scan that is chosen now."""
     handlers = Handlers(studio, page, controls, None)
     event.then(
-        handlers.show, [page.edit, stored, *controls.inputs()], [page.source, *page.drawn()],
-        show_progress="hidden", api_visibility="private", concurrency_limit=4,
+        handlers.show, [page.edit, stored, *controls.inputs()], [page.source, *page.drawn()], **QUICK,
     )  # fmt: skip
 
 

@@ -11,10 +11,11 @@ import gradio as gr
 from studio.components import html
 from studio.components.command import shown
 from studio.components.controls import Controls
+from studio.components.events import JOBS, QUICK
 from studio.components.getting import GetModel
 from studio.context import Studio
 from studio.jobs import explain
-from studio.pages.shared import CLOSE_SIDEBAR, JOBS, fail_if_failed, follow, refuse, session_of, strip_of
+from studio.pages.shared import CLOSE_SIDEBAR, fail_if_failed, follow, refuse, session_of, strip_of
 from studio.services import getting, models
 from studio.state import DOWNLOAD_STAGES, LiveRun, Progress
 
@@ -27,8 +28,7 @@ def wire(studio: Studio, controls: Controls, strip: gr.HTML, problem: gr.HTML) -
     if part is None:
         return
     handlers = _Handlers(studio, controls, part, strip, problem)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-    gr.on([part.name.change, part.typed.change], described, [part.name, part.typed], [part.line, part.command], **quiet)
+    gr.on([part.name.change, part.typed.change], described, [part.name, part.typed], [part.line, part.command], **QUICK)
     part.download.click(
         handlers.download, [part.name, part.typed], [strip, problem, controls.model, part.name, part.typed],
         js=CLOSE_SIDEBAR, **JOBS,

@@ -11,10 +11,11 @@ import gradio as gr
 from studio.components import html, similarity
 from studio.components.command import command_box, shown
 from studio.components.controls import Controls
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import explain
 from studio.pages import sharing
-from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
+from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
 from studio.services import models
 from studio.services import sharing as runs
 from studio.services.form import Form
@@ -78,30 +79,27 @@ def wire(
     handlers = _Handlers(studio, page)
     similar, form = page.similar, controls.inputs()
     chosen = [page.stored, *similar.choice()]
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 4,
-    }  # fmt: skip
     everything = [page.stored, page.empty, page.note, page.use.box, page.command, *similar.widgets()]
     for trigger in (tab.select, controls.model.change):
-        trigger(handlers.show, [controls.model, *chosen], everything, **quiet)
+        trigger(handlers.show, [controls.model, *chosen], everything, **LATEST)
     for trigger in (page.stored.input, similar.measure.input):
-        trigger(handlers.open, chosen, everything, **quiet)
-    similar.part.input(handlers.turn, chosen, everything, **quiet)
+        trigger(handlers.open, chosen, everything, **LATEST)
+    similar.part.input(handlers.turn, chosen, everything, **LATEST)
     for trigger, source in (
         (similar.threshold.input, "threshold"), (similar.groups.input, "threshold"),
         (similar.published.click, "published"), (similar.none.click, "none"),
     ):  # fmt: skip
         # Two events: the maps and numbers do not wait for the lines, which a browser draws ten times slower.
-        trigger(handlers.plan_from(source), chosen, [page.note, *similar.of_plan()], **quiet)
-        trigger(handlers.lines_from(source), chosen, similar.lines, **quiet)
+        trigger(handlers.plan_from(source), chosen, [page.note, *similar.of_plan()], **LATEST)
+        trigger(handlers.lines_from(source), chosen, similar.lines, **LATEST)
     looked = [similar.block, similar.blocks_map, similar.heads_map]
-    similar.block.input(handlers.look, chosen, looked, **quiet)
-    similar.blocks_map.select(handlers.look_at, chosen, looked, **quiet)
+    similar.block.input(handlers.look, chosen, looked, **LATEST)
+    similar.blocks_map.select(handlers.look_at, chosen, looked, **LATEST)
     measured = page.measure.click(
         handlers.measure, [page.count, *form], [page.strip, page.problem, *everything], js=CLOSE_SIDEBAR, **JOBS
     )
-    page.cancel.click(handlers.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
-    measured.then(header_now, None, header, queue=False, show_progress="hidden", api_visibility="private")
+    page.cancel.click(handlers.cancel, None, None, **QUICK)
+    measured.then(header_now, None, header, **QUICK)
     sharing.wire(studio, controls, page.use, chosen, header, header_now)
 
 

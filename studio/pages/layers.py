@@ -11,10 +11,11 @@ import gradio as gr
 from studio.components import editing as widgets
 from studio.components import html, sensitivity
 from studio.components.controls import Controls
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import explain
 from studio.pages import editing
-from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
+from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
 from studio.services import methods, models, scans
 from studio.services.form import Form
 from studio.state import SCAN_STAGES, LiveRun, Progress
@@ -80,25 +81,22 @@ def wire(
 ) -> None:
     """Connect the page. Only Scan runs the model; everything else is computed from what is stored."""
     handlers, found = _Handlers(studio, page), page.result
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 4,
-    }  # fmt: skip
     everything = [page.stored, page.empty, page.note, *found.widgets()]
     chosen = [page.stored, *found.choice()]
     editing.wire(studio, controls, page.plan, page.stored, tabs)
     for trigger in (tab.select, controls.model.change):
-        shown = trigger(handlers.show, [controls.model, *chosen], everything, **quiet)
+        shown = trigger(handlers.show, [controls.model, *chosen], everything, **LATEST)
         editing.follow_scan(studio, controls, page.plan, page.stored, shown)
-    opened = page.stored.input(handlers.open, chosen, everything, **quiet)
+    opened = page.stored.input(handlers.open, chosen, everything, **LATEST)
     editing.follow_scan(studio, controls, page.plan, page.stored, opened)
     for widget in (found.bits, found.error, found.order, found.log_y):
-        widget.input(handlers.draw, chosen, [found.chart, page.note], **quiet)
+        widget.input(handlers.draw, chosen, [found.chart, page.note], **LATEST)
     scanned = page.scan.click(
         handlers.scan, [page.method, page.bits, page.count, *controls.inputs()],
         [page.strip, page.problem, *everything], js=CLOSE_SIDEBAR, **JOBS,
     )  # fmt: skip
-    page.cancel.click(handlers.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
-    scanned.then(header_now, None, header, queue=False, show_progress="hidden", api_visibility="private")
+    page.cancel.click(handlers.cancel, None, None, **QUICK)
+    scanned.then(header_now, None, header, **QUICK)
     editing.follow_scan(studio, controls, page.plan, page.stored, scanned)
 
 

@@ -11,6 +11,7 @@ from studio import plots, profile_plots
 from studio.components import html, profile
 from studio.components.clips import published
 from studio.components.command import command_box, shown
+from studio.components.events import QUICK
 from studio.components.titles import title_of
 from studio.context import Studio
 from studio.services.stored import StoredRun, command_line
@@ -59,10 +60,9 @@ def build() -> ProfilePage:
 def wire(studio: Studio, page: ProfilePage, tab: gr.Tab) -> None:
     """Connect the page: the list is read when the tab is opened, a profile when one is chosen."""
     handlers = _Handlers(studio, page)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     shown = [page.note, page.bars, page.parts, page.roofline, page.calls, page.traces, page.command]
-    tab.select(handlers.enter, page.run, [page.empty, page.run, *shown], **quiet)
-    page.run.input(handlers.show, page.run, shown, **quiet)
+    tab.select(handlers.enter, page.run, [page.empty, page.run, *shown], **QUICK)
+    page.run.input(handlers.show, page.run, shown, **QUICK)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import gradio as gr
 
 from studio.components import clips, html, result
 from studio.components.controls import Controls, offer, share_box
+from studio.components.events import QUEUED, QUICK
 from studio.context import Studio
 from studio.services import pictures
 from studio.services.export import export_words, saved_folder
@@ -73,13 +74,12 @@ def wire(
 ) -> None:
     """Connect the page; showing a run fills the Compare page's `view`."""
     handlers = _Handlers(studio, page, view, controls, tabs)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     for trigger in (tab.select, page.refresh.click):
-        trigger(handlers.rows, None, [page.empty, page.table], **quiet)
+        trigger(handlers.rows, None, [page.empty, page.table], **QUICK)
     opened = [page.chosen, page.box, page.head, page.gallery, page.strips, page.metrics, page.command, page.download]
-    page.table.select(handlers.open, None, opened, **quiet)
-    page.show.click(handlers.show, page.chosen, [*view.widgets(), tabs], **quiet)
-    page.settings.click(handlers.settings, page.chosen, [*controls.inputs(), tabs], **quiet)
+    page.table.select(handlers.open, None, opened, **QUICK)
+    page.show.click(handlers.show, page.chosen, [*view.widgets(), tabs], **QUEUED)
+    page.settings.click(handlers.settings, page.chosen, [*controls.inputs(), tabs], **QUEUED)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ import gradio as gr
 
 from studio.components import html
 from studio.components.command import shown
+from studio.components.events import JOBS, QUEUED, QUICK
 from studio.components.saving import PACK, SaveModel
 from studio.components.titles import title_of
 from studio.context import Studio
 from studio.jobs import Job, explain
-from studio.pages.shared import JOBS, fail_if_failed, follow, refuse, session_of, strip_of
+from studio.pages.shared import fail_if_failed, follow, refuse, session_of, strip_of
 from studio.services import export
 from studio.services.stored import StoredRun
 from studio.state import SAVE_STAGES, LiveRun, Progress
@@ -29,12 +30,11 @@ def wire(
 ) -> None:  # fmt: skip
     """Connect the widgets to the run that Compare shows."""
     handlers = _Handlers(studio, part, strip, problem)
-    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    run_id.change(handlers.offer, run_id, part.widgets(), **quiet)
-    part.recipe.input(handlers.choose, [run_id, part.recipe], part.widgets(), **quiet)
+    run_id.change(handlers.offer, run_id, part.widgets(), **QUICK)
+    part.recipe.input(handlers.choose, [run_id, part.recipe], part.widgets(), **QUICK)
     job = part.start.click(handlers.save, [run_id, part.recipe], [strip, problem, *part.widgets()], **JOBS)
-    job.then(header_now, None, header, queue=False, **quiet)
-    part.pack.click(handlers.pack, part.made, [part.said, part.pack, part.download], concurrency_limit=1, **quiet)
+    job.then(header_now, None, header, **QUICK)
+    part.pack.click(handlers.pack, part.made, [part.said, part.pack, part.download], concurrency_limit=1, **QUEUED)
 
 
 @dataclass(frozen=True)

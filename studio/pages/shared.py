@@ -14,9 +14,6 @@ from studio.services.form import RunSpec
 from studio.services.work import run_work
 from studio.state import LiveRun, Progress
 
-# One line for all jobs: the page may start many, the one worker runs them in turn.
-JOBS = {"concurrency_id": "jobs", "concurrency_limit": 16, "api_visibility": "private", "show_progress": "hidden"}
-
 # Runs in the browser before the handler; hands the values on unchanged.
 CLOSE_SIDEBAR = """
 (...values) => {

@@ -10,9 +10,10 @@ import gradio as gr
 
 from studio.components import html, trial
 from studio.components.controls import Controls, share_box
+from studio.components.events import JOBS, LATEST, QUEUED, QUICK
 from studio.context import Studio
 from studio.jobs import explain
-from studio.pages.shared import CLOSE_SIDEBAR, JOBS, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
+from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
 from studio.services import models, sharing
 from studio.services.form import AppliedPlan, Form
 from studio.services.similarity import Choice
@@ -66,18 +67,15 @@ def wire(
 ) -> None:
     """Connect the widgets; `chosen` are those that decide the plan."""
     handlers, view, form = Handlers(studio, page, controls), page.trial, controls.inputs()
-    quiet: dict[str, Any] = {
-        "show_progress": "hidden", "trigger_mode": "always_last", "api_visibility": "private", "concurrency_limit": 4,
-    }  # fmt: skip
     outputs = [controls.share, controls.applied, page.applied, page.command, page.file]
-    page.apply.click(handlers.apply, [*chosen, *form], outputs, **quiet)
-    view.gain.input(handlers.difference, [view.run_id, view.gain], [view.difference, view.scale], **quiet)
+    page.apply.click(handlers.apply, [*chosen, *form], outputs, trigger_mode="always_last", **QUEUED)
+    view.gain.input(handlers.difference, [view.run_id, view.gain], [view.difference, view.scale], **LATEST)
     tried = view.start.click(
         handlers.tried, [view.base, *chosen, *form], [page.strip, page.problem, view.strip, *view.widgets(), page.saved],
         js=CLOSE_SIDEBAR, **JOBS,
     )  # fmt: skip
-    tried.then(header_now, None, header, queue=False, show_progress="hidden", api_visibility="private")
-    view.cancel.click(handlers.cancel, None, None, queue=False, show_progress="hidden", api_visibility="private")
+    tried.then(header_now, None, header, **QUICK)
+    view.cancel.click(handlers.cancel, None, None, **QUICK)
 
 
 @dataclass(frozen=True)

@@ -212,6 +212,26 @@ def test_only_named_endpoints_are_public(core: FakeCore) -> None:
     assert not demo.get_api_info()["unnamed_endpoints"]
 
 
+def test_whoever_follows_a_state_is_told(core: FakeCore) -> None:
+    """Gradio wakes those who follow a gr.State after a queued answer only; and only the queue carries several answers."""
+    demo = app.build(core)
+    followed = {target for fn in demo.fns.values() for target, event in fn.targets if event == "change"}
+    states = {block._id for block in demo.blocks.values() if isinstance(block, gr.State)} & followed
+    assert states
+    for fn in demo.fns.values():
+        if fn.queue is False:
+            assert not fn.types_generator, fn.name
+            assert not {block._id for block in fn.outputs} & states, fn.name
+
+
+def test_pages_are_there_before_they_are_opened(core: FakeCore) -> None:
+    """What a handler of the tab answers would meet widgets that are still being made, and gradio loses part of it."""
+    demo = app.build(core)
+    tabs = [block for block in demo.blocks.values() if isinstance(block, gr.Tab)]
+    assert len(tabs) == 6
+    assert all(tab.render_children for tab in tabs if tab.id != "compare")
+
+
 def test_launch_keeps_to_itself(core: FakeCore) -> None:
     options = app.launch_options()
     assert options["run_history"] is False
