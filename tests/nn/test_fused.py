@@ -14,7 +14,7 @@ from trdq_core import branches
 from trdq_core.adapters.roles import find_linears
 from trdq_core.kernels import native
 from trdq_core.nn.fused import FusedAttention, unfused
-from trdq_core.nn.fused_block import few_rows, fuse
+from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.input_grid import InputGrid
 from trdq_core.nn.input_quantizer import InputQuantizer
 from trdq_core.nn.linear import QuantizedLinear
@@ -202,13 +202,6 @@ def test_compiled_graphs_hold_the_stock_blocks() -> None:
         assert off(compiled(x, timestep=timestep, class_labels=labels), ours) < 2e-3
     torch.compiler.reset()
     assert torch.equal(output(fused, call), expected)
-
-
-@pytest.mark.parametrize("bias", [True, False])
-def test_few_rows(bias: bool) -> None:
-    """Weight times input is input times weight."""
-    linear, x = nn.Linear(24, 70, bias=bias), torch.randn(2, 24)
-    torch.testing.assert_close(few_rows(linear, x), linear(x))
 
 
 def test_unfused_is_the_stock_block_to_the_bit() -> None:

@@ -20,6 +20,7 @@ from trdq_core.kernels.surroundings import attend as torch_attend
 from trdq_core.kernels.types import Epilogue, Prologue
 from trdq_core.nn.attention import PLAIN_PROCESSORS, additive_mask
 from trdq_core.nn.linear import QuantizedLinear
+from trdq_core.nn.remembered import Remembered
 
 GELU = Prologue("gelu")
 # The kernels that take what is around a linear, and in which types. The C++ ones would widen half types first.
@@ -63,6 +64,11 @@ def unfused() -> Iterator[None]:
         _switched_off.reset(token)
 
 
+def fusion_is_off() -> bool:
+    """Whether modules are to run by themselves: inside of `unfused`, and in what torch.compile traces."""
+    return torch.compiler.is_compiling() or _switched_off.get()
+
+
 def hooked(*modules: nn.Module) -> bool:
     """Whether somebody wants to see these modules called, as offloading does to bring their weights: then none is bypassed."""
     return any("_hf_hook" in m.__dict__ or m._forward_hooks or m._forward_pre_hooks for m in modules)
@@ -70,9 +76,7 @@ def hooked(*modules: nn.Module) -> bool:
 
 def runs_here(x: Tensor) -> bool:
     """Whether fused kernels could take this call: eager, without gradients, (items, tokens, channels)."""
-    if torch.compiler.is_compiling() or _switched_off.get():
-        return False
-    return x.ndim == 3 and not (torch.is_grad_enabled() and x.requires_grad)
+    return not fusion_is_off() and x.ndim == 3 and not (torch.is_grad_enabled() and x.requires_grad)
 
 
 def product(
@@ -105,6 +109,7 @@ class FusedAttention:
         self.plain = plain
         self.bits = 0
         self.int8_calls = 0
+        self.memory = Remembered()
 
     def __call__(
         self,
@@ -142,7 +147,7 @@ class FusedAttention:
             source = x
         else:
             (q,) = _side_by_side((attn.to_q,), x, around.prologue)
-            k, v = _side_by_side((attn.to_k, attn.to_v), context, None)
+            k, v = self._of_text(attn, context)
             source = context
         mask = additive_mask(attn, mask, source)
         if self.on_cpu(attn):
@@ -152,6 +157,17 @@ class FusedAttention:
         else:
             heads = torch_attend(q, k, v, attn.heads, mask)
         return product((attn.to_out[0],), heads, None, around.epilogue)
+
+    def _of_text(self, attn: nn.Module, context: Tensor) -> Sequence[Tensor]:
+        """Keys and values of another tensor than the queries': the text, for which they are the same at each step."""
+        linears = (attn.to_k, attn.to_v)
+        parts = [part for linear in linears for part in (linear.packed_weight(), linear.bias)]
+        key = (attn.to_k.input_quantizer.state, attn.to_v.input_quantizer.state)
+        found = self.memory.find(context, key, *parts)
+        if found is None:
+            found = tuple(_side_by_side(linears, context, None))
+            self.memory.keep(context, key, found, *parts)
+        return found
 
 
 def _side_by_side(linears: Sequence[QuantizedLinear], x: Tensor, prologue: Prologue | None) -> list[Tensor]:

@@ -8,15 +8,16 @@ from torch import Tensor, nn
 
 from trdq_core.kernels.surroundings import apply_epilogue, apply_prologue
 from trdq_core.kernels.types import Epilogue, Prologue
+from trdq_core.nn.few_rows import read_weights_once
 from trdq_core.nn.fused import (
     Around,
     FusedAttention,
     FusedFeedForward,
     fuse_attention,
     fuse_feed_forward,
-    hooked,
     runs_here,
 )
+from trdq_core.nn.text_projection import remember_text
 
 KINDS = ("ada_norm_zero", "ada_norm_single")
 
@@ -87,18 +88,7 @@ class FusedBlock:
             return Modulation(*(block.scale_shift_table[None] + timestep.reshape(len(x), 6, -1)).unbind(1))
         norm = block.norm1
         embedded = norm.emb(timestep, class_labels, hidden_dtype=x.dtype)
-        return Modulation(*few_rows(norm.linear, norm.silu(embedded)).chunk(6, dim=1))
-
-
-def few_rows(linear: nn.Module, x: Tensor) -> Tensor:
-    """The linear of x (items, channels), items being few: (items, out_features).
-
-    Weight times input reads the weight once at the speed of memory; torch's input times weight takes twice as long there.
-    """
-    if type(linear) is not nn.Linear or hooked(linear):
-        return linear(x)
-    y = (linear.weight @ x.t()).t()
-    return y if linear.bias is None else y + linear.bias
+        return Modulation(*norm.linear(norm.silu(embedded)).chunk(6, dim=1))
 
 
 def _attention(
@@ -161,8 +151,9 @@ def _known(block: nn.Module) -> bool:
 def fuse(denoiser: nn.Module) -> dict[str, int]:
     """Fuse what can be fused in a quantized denoiser, and how much that was: attentions, feed-forwards and whole blocks.
 
-    Give it a copy whose linears are quantized already; weights and buffers stay where they are. To be called before
-    attention is shared, since the shared processors hand over to the one that they find.
+    Give it a copy whose linears are quantized already; weights and buffers stay where they are. What only depends on the
+    text is remembered from step to step. To be called before attention is shared, since the shared processors hand over to
+    the one that they find.
     """
     count = {"attentions": 0, "feed_forwards": 0, "blocks": 0}
     for block in list(denoiser.modules()):
@@ -176,4 +167,6 @@ def fuse(denoiser: nn.Module) -> dict[str, int]:
         if (fed or any(done)) and _known(block):
             block.forward = FusedBlock(block)
             count["blocks"] += 1
+    remember_text(denoiser)
+    read_weights_once(denoiser)
     return count

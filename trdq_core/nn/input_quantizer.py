@@ -69,6 +69,7 @@ class InputQuantizer(nn.Module):
         self._stages: list[InputStages] | None = None
         self._last: tuple[Any, ...] | None = None
         self._traced: tuple[Any, ...] | None = None
+        self._refreshed = 0
 
     @property
     def bits(self) -> int:
@@ -84,6 +85,11 @@ class InputQuantizer(nn.Module):
     def set_index(self) -> int:
         """Which of the resident sets the present time group uses."""
         return self.time.group if self.sets > 1 else 0
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """What the result for one and the same input hangs on: the time group, and how often buffers were exchanged."""
+        return self.time.group, self._refreshed
 
     def forward(
         self, x: Tensor, weight: PackedWeight | None = None, bias: Tensor | None = None
@@ -197,6 +203,7 @@ class InputQuantizer(nn.Module):
     def refresh(self) -> None:
         """Forget what was derived from the buffers; call it after their contents changed."""
         self._stages, self._last, self._traced = None, None, None
+        self._refreshed += 1
 
     def prepare(self, buffers: Mapping[str, Tensor]) -> InputStages:
         """What `take` wants beside the buffers of one set; touches nothing of the quantizer, so a thread may make it."""
