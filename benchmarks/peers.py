@@ -26,13 +26,11 @@ from trdq_core.specs import Recipe, RunSpec
 from trdq_core.terminal import ProgressBar, report_text
 
 MODELS = ("random-dit", "random-pixart-xl")
-RECIPES = ("fp", "rtn-w8a8", "tr-dq-w8a8", "tr-dq-w4a8")
+RECIPES = ("fp", "rtn-w8a8", "tr-dq-w8a8", "tr-dq-w4a8", "tr-dq-plus-w8a8", "tr-dq-plus-w4a8")
 # Random weights have no outliers, so most transforms harm them and are left out. Trained ones need them: these keep all.
 ROTATED = "-every-rotation"
-GROUPED, GROUPS = (
-    "-4-groups",
-    4,
-)  # with four time groups, switched: a step between swaps; benchmarks.switching has the swaps
+# With four time groups, switched: a step between swaps; benchmarks.switching has the swaps.
+GROUPED, GROUPS = "-4-groups", 4
 # As the tool does it when nobody says otherwise; of the tool that is the mark to reach, and of the one most like a recipe.
 WHOLE = ("openvino-int8", "torchao-int8-compile")
 CALIBRATION = ("red apple",)  # what random weights are calibrated on has no bearing on their speed
@@ -42,7 +40,8 @@ def recipe_names() -> list[str]:
     """Everything that is measured: recipes, ours with several time groups and rotated throughout, then every tool, then two
     of them on every linear.
     """
-    ours = (f"{name}{end}" for name in RECIPES if name.startswith("tr-dq") for end in (GROUPED, ROTATED))
+    ours = [f"{name}{end}" for name in RECIPES if name.startswith("tr-dq-w") for end in (GROUPED, ROTATED)]
+    ours += [f"{name}{ROTATED}" for name in RECIPES if name.startswith("tr-dq-plus")]
     return [
         *RECIPES,
         *ours,

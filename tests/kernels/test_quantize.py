@@ -93,6 +93,24 @@ def test_levels_with_stages(backend: ModuleType, parts: dict[str, int], symmetri
     assert_near_levels(backend.quantize_activation(x, stages, 8, symmetric), expected)
 
 
+@pytest.mark.parametrize("scale", [True, False])
+@pytest.mark.parametrize("width", [1, 3, 33, 130])
+def test_a_permutation_of_any_width(backend: ModuleType, width: int, scale: bool) -> None:
+    """It applies the scale by itself, and the last channels do not fill a register."""
+    x, stages = make_input(7, width), make_stages(width, scale=scale, permute=True)
+    expected = reference.transform(x.double(), stages)
+    torch.testing.assert_close(backend.transform(x, stages).double(), expected, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("parts", [{"scale": True}, {"rotation": 64}, {"scale": True, "rotation": 64}], ids=str)
+def test_a_rotation_of_wide_rows_behind_a_permutation(backend: ModuleType, parts: dict[str, int]) -> None:
+    """Wide tiles are gathered in a pass of their own, narrow ones by the rotation."""
+    x, stages = make_input(13, 4608), make_stages(4608, permute=True, second=64, **parts)
+    expected = reference.transform(x.double(), stages)
+    actual = backend.transform(x, stages).double()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-6 * float(expected.abs().max()))
+
+
 @pytest.mark.parametrize("tokens", [1, 12, 29])
 @pytest.mark.parametrize(("width", "rotation"), [(96, 96), (128, 128), (60, 12), (21, 7), (1152, 128), (48, 16)])
 def test_rotations_of_any_size(backend: ModuleType, tokens: int, width: int, rotation: int) -> None:

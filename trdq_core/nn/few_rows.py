@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trdq_core.nn.fused import fusion_is_off
+from trdq_core.nn.fused import fusion_is_off, hooked
 
 FEW = 8
 
@@ -25,7 +25,7 @@ class FewRows:
         linear = self.linear
         weight, rows = linear.weight, x.numel() // max(linear.in_features, 1)
         plain = rows > FEW or x.dtype is not torch.float32 or weight.dtype is not x.dtype or x.device.type != "cpu"
-        if plain or x.shape[-1] != linear.in_features or fusion_is_off():
+        if plain or x.shape[-1] != linear.in_features or fusion_is_off() or hooked(linear):
             return self.plain(x)
         y = (weight @ x.reshape(rows, linear.in_features).t()).t()
         y = y if linear.bias is None else y + linear.bias

@@ -17,6 +17,7 @@ from trdq_core.nn.fused import (
     fuse_feed_forward,
     runs_here,
 )
+from trdq_core.nn.linear import QuantizedLinear
 from trdq_core.nn.text_projection import remember_text
 
 KINDS = ("ada_norm_zero", "ada_norm_single")
@@ -167,6 +168,7 @@ def fuse(denoiser: nn.Module) -> dict[str, int]:
         if (fed or any(done)) and _known(block):
             block.forward = FusedBlock(block)
             count["blocks"] += 1
-    remember_text(denoiser)
-    read_weights_once(denoiser)
+    if any(isinstance(module, QuantizedLinear) for module in denoiser.modules()):  # full precision stays what it was
+        remember_text(denoiser)
+        read_weights_once(denoiser)
     return count

@@ -19,6 +19,10 @@ TRDQ_AVX2 inline void scale(const float* x, const float* factor, float* y, int64
   portable::scale(x, factor, y, n);
 }
 
+TRDQ_AVX2 inline void gather(const float* x, const int32_t* index, const float* factor, float* y, int64_t n) {
+  portable::gather(x, index, factor, y, n);
+}
+
 // Rows times half a panel: 6 x 2 accumulators of 8 columns. With an index, column k of x is column index[k].
 template <int kRows>
 TRDQ_AVX2 inline void rotate_tile(const float* x, const int32_t* index, float* y, int64_t width, const float* matrix,
@@ -189,8 +193,8 @@ TRDQ_AVX2 inline void unpack(const uint8_t* packed, const uint8_t* group_scale, 
   portable::unpack(packed, group_scale, k8, group8, w);
 }
 
-constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quantize, gelu,
-                            modulated_norm, exponentials, multiply};
+constexpr RowOps kRowOps = {scale, gather,         rotate,       hadamard, range, quantize,
+                            gelu,  modulated_norm, exponentials, multiply};
 inline size_t product_bytes(int64_t rows, int64_t lda) { return (rows + kChunk) * lda * sizeof(int16_t); }
 
 TRDQ_AVX2 inline void transpose(const float* x, int64_t ldx, int64_t rows, int64_t width, float* panel, int64_t columns) {

@@ -18,6 +18,19 @@ TRDQ_AVX512 inline void scale(const float* x, const float* factor, float* y, int
   }
 }
 
+// By inserts: the CPU's own gathers are slower, and so is moving one channel at a time.
+TRDQ_AVX512 inline void gather(const float* x, const int32_t* index, const float* factor, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + 4 <= n; i += 4) {
+    __m128 v = _mm_load_ss(x + index[i]);
+    v = _mm_insert_ps(v, _mm_load_ss(x + index[i + 1]), 0x10);
+    v = _mm_insert_ps(v, _mm_load_ss(x + index[i + 2]), 0x20);
+    v = _mm_insert_ps(v, _mm_load_ss(x + index[i + 3]), 0x30);
+    _mm_storeu_ps(y + i, factor == nullptr ? v : _mm_mul_ps(v, _mm_loadu_ps(factor + i)));
+  }
+  portable::gather(x, index + i, factor == nullptr ? nullptr : factor + i, y + i, n - i);
+}
+
 // Panels outermost: one panel (16 KiB at n = 128) stays in the first-level cache for every block and row of the tile.
 TRDQ_AVX512 inline void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation,
                                const int32_t* index) {
@@ -264,8 +277,8 @@ TRDQ_AVX512 inline void unpack(const uint8_t* packed, const uint8_t* group_scale
   }
 }
 
-constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quantize, gelu,
-                            modulated_norm, exponentials, multiply};
+constexpr RowOps kRowOps = {scale, gather,         rotate,       hadamard, range, quantize,
+                            gelu,  modulated_norm, exponentials, multiply};
 // Twelve chains each, enough to hide the latency of the unit.
 TRDQ_AVX512 inline int64_t peak(int unit, int64_t rounds) {
   __m512 f[12];

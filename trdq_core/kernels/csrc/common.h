@@ -37,6 +37,8 @@ struct Grid {
 
 struct RowOps {
   void (*scale)(const float* x, const float* factor, float* y, int64_t n);
+  // y[i] = x[index[i]], times factor[i] where there are factors.
+  void (*gather)(const float* x, const int32_t* index, const float* factor, float* y, int64_t n);
   // x and y: rows x width, both with leading dimension width; width is a multiple of rotation.size.
   // With an index, channel k of the input is x[index[k]]: a permutation in front of a rotation costs no pass of its own.
   void (*rotate)(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation, const int32_t* index);

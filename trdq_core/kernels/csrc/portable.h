@@ -13,6 +13,10 @@ TRDQ_PLAIN void scale(const float* x, const float* factor, float* y, int64_t n) 
   for (int64_t i = 0; i < n; i++) y[i] = x[i] * factor[i];
 }
 
+TRDQ_PLAIN void gather(const float* x, const int32_t* index, const float* factor, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; i++) y[i] = factor == nullptr ? x[index[i]] : x[index[i]] * factor[i];
+}
+
 TRDQ_PLAIN void rotate(const float* x, float* y, int64_t rows, int64_t width, const Rotation& rotation,
                        const int32_t* index) {
   const int64_t size = rotation.size, panel = rotation.panel;
@@ -255,8 +259,8 @@ TRDQ_PLAIN void unpack(const uint8_t* packed, const uint8_t* group_scale, int64_
   }
 }
 
-constexpr RowOps kRowOps = {scale,          rotate,       hadamard, range, quantize, gelu,
-                            modulated_norm, exponentials, multiply};
+constexpr RowOps kRowOps = {scale, gather,         rotate,       hadamard, range, quantize,
+                            gelu,  modulated_norm, exponentials, multiply};
 inline size_t product_bytes(int64_t, int64_t) { return 0; }
 
 inline int64_t peak(int, int64_t) { return 0; }

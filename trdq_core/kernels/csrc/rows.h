@@ -17,6 +17,7 @@ struct Stages {
   const float* factor;  // items x width; the norm is multiplied by 1 + factor
   int64_t item_rows;    // tokens of one item
   const float* inverse_scale;
+  const float* gathered_scale;  // inverse_scale in the order behind the permutation, where the permutation applies it
   Rotation rotation;
   const int32_t* permutation;
   int64_t hadamard_block;
@@ -35,6 +36,7 @@ Stages make_stages(const trdq_rows& rows) {
           rows.factor,
           rows.item_rows,
           rows.inverse_scale,
+          nullptr,
           {rows.rotation, rows.rotation == nullptr ? 0 : rows.rotation_size, 0},
           rows.permutation,
           rows.hadamard_block,
@@ -78,18 +80,23 @@ Rotation pack_rotation(const Rotation& rotation, float* out) {
   return {out, size, panel};
 }
 
-bool pack_rotations(Stages& stages) {
+// Packs the rotations, and the scale where nothing stands between it and a permutation that is a pass of its own.
+bool prepare(Stages& stages, int64_t width) {
   const int64_t first = packed_floats(stages.rotation), second = packed_floats(stages.second_rotation);
-  if (first + second == 0) return true;
-  float* memory = static_cast<float*>(rotation_scratch.reserve((first + second) * sizeof(float)));
+  const bool pass = stages.hadamard_block != 0 || second == 0;
+  const bool late = stages.inverse_scale != nullptr && stages.permutation != nullptr && first == 0 && pass;
+  if (first + second == 0 && !late) return true;
+  const int64_t floats = first + second + (late ? width : 0);
+  float* memory = static_cast<float*>(rotation_scratch.reserve(floats * sizeof(float)));
   if (memory == nullptr) return false;
+  if (late) {
+    float* scale = memory + first + second;
+    row_ops().gather(stages.inverse_scale, stages.permutation, nullptr, scale, width);
+    stages.gathered_scale = scale;
+  }
   stages.rotation = pack_rotation(stages.rotation, memory);
   stages.second_rotation = pack_rotation(stages.second_rotation, memory + first);
   return true;
-}
-
-void gather(const float* x, const int32_t* index, float* y, int64_t n) {
-  for (int64_t i = 0; i < n; i++) y[i] = x[index[i]];
 }
 
 void run_prologue(const Stages& stages, const float* x, int64_t first, int64_t rows, int64_t width, float* y) {
@@ -117,7 +124,7 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t first,
     done();
     watch.add(kBefore);
   }
-  if (stages.inverse_scale != nullptr) {
+  if (stages.inverse_scale != nullptr && stages.gathered_scale == nullptr) {
     for (int64_t r = 0; r < rows; r++) ops.scale(from + r * width, stages.inverse_scale, to + r * width, width);
     done();
   }
@@ -125,10 +132,14 @@ const float* transform_tile(const Stages& stages, const float* x, int64_t first,
     ops.rotate(from, to, rows, width, stages.rotation, nullptr);
     done();
   }
-  // A rotation right behind the permutation reads the channels in their new order by itself.
-  const bool gathered = stages.hadamard_block == 0 && stages.second_rotation.data != nullptr;
+  // A rotation right behind the permutation reads the channels in their new order by itself, as long as the tile is about
+  // as large as the first-level cache; from wider rows a pass of its own is quicker.
+  const bool near = rows * width * static_cast<int64_t>(sizeof(float)) <= kGatheredBytes;
+  const bool gathered = near && stages.hadamard_block == 0 && stages.second_rotation.data != nullptr;
   if (stages.permutation != nullptr && !gathered) {
-    for (int64_t r = 0; r < rows; r++) gather(from + r * width, stages.permutation, to + r * width, width);
+    for (int64_t r = 0; r < rows; r++) {
+      ops.gather(from + r * width, stages.permutation, stages.gathered_scale, to + r * width, width);
+    }
     done();
   }
   if (stages.hadamard_block != 0) {
@@ -165,7 +176,7 @@ int for_each_tile(Stages stages, const float* x, int64_t begin, int64_t tokens, 
   if (!stages_fit(stages, begin + tokens, width)) return kBadArgument;
   if (tokens == 0 || width == 0) return kOk;
   Region region;
-  if (!pack_rotations(stages)) return kNoMemory;
+  if (!prepare(stages, width)) return kNoMemory;
   threads = team(threads, transform_work(stages, tokens, width), kQuantizeGrain, tokens);
   const int64_t rows = tile_rows(stages, tokens, width, threads), tiles = ceil_div(tokens, rows);
   const size_t floats = stages.empty() ? 0 : static_cast<size_t>(rows * ((width + 15) / 16 * 16));

@@ -23,6 +23,7 @@ constexpr int64_t kMaxDepth = 33000;
 constexpr int64_t kBlockBytes = 256 * 1024;
 constexpr int64_t kTileBytes = 16 * 1024;
 constexpr int64_t kRotatedTileBytes = 96 * 1024;
+constexpr int64_t kGatheredBytes = 64 * 1024;
 constexpr int64_t kLevelBytes = 4 * 1024 * 1024;
 // Below this many element operations a second thread costs more than it brings.
 constexpr int64_t kQuantizeGrain = 16 * 1024;
