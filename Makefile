@@ -36,6 +36,7 @@ style: $(VENV)/.test ## Fix what the linter can fix, and format
 bench: $(VENV)/.runtime ## Measure kernels and recipes on this machine, then rewrite the result tables
 	$(BIN)/python -m benchmarks.kernels --add
 	$(BIN)/python -m benchmarks.switching --add
+	$(BIN)/python -m benchmarks.text_steps --add
 	$(BIN)/python -m benchmarks.peers --add
 	$(BIN)/python -m trdq_core compare --recipes $(RECIPES) --groups 4 --prompts 32 --out $(OUT)/compare $(ARGS)
 	$(BIN)/python -m trdq_core profile --model random-dit --recipes fp,rtn-w8a8,rtn-w4a8 --out $(OUT)/profile

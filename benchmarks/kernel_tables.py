@@ -11,7 +11,7 @@ from benchmarks.peer_rows import Row
 from benchmarks.peer_tables import COLUMNS, Column, by_metric, latest_runs, rivals_line, show
 
 CALLS = "CPU kernels"  # what the model of such rows begins with
-SWITCHING = "switching"  # a part of the note of such rows
+SWITCHING, TEXT = "switching", "text"  # a part of the note of such rows
 OURS = "tr-dq"
 STEP_COLUMNS = (
     "step_ms", "speedup", "speedup_compiled", "speedup_rival", "speedup_other_rival", "rotation_quantize_share",
@@ -29,18 +29,24 @@ SWITCH_COLUMNS = {
     "swap_share": Column("swaps, % of a run", 100, ".2f", True),
     "switch_share": Column("with slower steps after them, %", 100, ".2f", True),
 }
+TEXT_COLUMNS = {
+    "known_text_ms": Column("step ms", 1, ".1f", True),
+    "new_text_ms": Column("with a new text ms", 1, ".1f", True),
+    "text_share": Column("saved, % of a step", 100, ".1f", True),
+}
 
 
 def is_kernels(row: Row) -> bool:
     """Whether a row of the results file is shown in docs/kernels.md alone."""
-    return row["model"].startswith(CALLS) or _is_switching(row)
+    return row["model"].startswith(CALLS) or any(_is(part, row) for part in (SWITCHING, TEXT))
 
 
 def make_kernel_page(rows: Sequence[Row]) -> str:
     """Markdown for between the markers; a part without rows says which command would bring them."""
     parts = {
         "Whole steps": (_steps(rows), "benchmarks.peers"),
-        "Swaps of switched sets": (_switches(rows), "benchmarks.switching"),
+        "Text seen before": (_machines(rows, TEXT, TEXT_COLUMNS), "benchmarks.text_steps"),
+        "Swaps of switched sets": (_machines(rows, SWITCHING, SWITCH_COLUMNS), "benchmarks.switching"),
         "Single calls": (_calls(rows), "benchmarks.kernels"),
     }
     return "\n\n".join(
@@ -49,8 +55,8 @@ def make_kernel_page(rows: Sequence[Row]) -> str:
     )
 
 
-def _is_switching(row: Row) -> bool:
-    return SWITCHING in (part.strip() for part in row["note"].split(";"))
+def _is(part: str, row: Row) -> bool:
+    return part in (own.strip() for own in row["note"].split(";"))
 
 
 def _steps(rows: Iterable[Row]) -> str:
@@ -86,21 +92,23 @@ def _calls(rows: Iterable[Row]) -> str:
     return "\n\n".join(tables)
 
 
-def _switches(rows: Iterable[Row]) -> str:
-    """A table for each machine, models and recipes down."""
+def _machines(rows: Iterable[Row], part: str, columns: dict[str, Column]) -> str:
+    """A table for each machine of the rows with such a part in their notes, models and recipes down."""
     groups: dict[tuple[str, str], dict[tuple[str, str], list[Row]]] = {}
-    for row in filter(_is_switching, rows):
+    for row in (row for row in rows if _is(part, row)):
         machine = groups.setdefault((row["device"], row["threads"]), {})
         machine.setdefault((row["model"], row["recipe"]), []).append(row)
     tables = []
     for (device, threads), kinds in groups.items():
         newest = {key: _newest(own) for key, own in kinds.items()}
         named = [{**row, "recipe": f"{model}, {recipe}"} for (model, recipe), own in newest.items() for row in own]
-        settings = sorted({row["note"].split(";")[0] for row in named})
+        settings = sorted({row["note"].split(";")[0] for row in named} - {part})
         days = sorted({row["date"] for row in named})
         counts = sorted({row["n"] for row in named})
-        head = f"On {device}, {threads} threads; {', '.join(settings)}; {', '.join(counts)} runs, {', '.join(days)}."
-        tables.append(f"{head}\n\n{_table('model, recipe', named, SWITCH_COLUMNS)}")
+        about = "; ".join(
+            [f"On {device}, {threads} threads", *settings, f"{', '.join(counts)} runs, {', '.join(days)}."]
+        )
+        tables.append(f"{about}\n\n{_table('model, recipe', named, columns)}")
     return "\n\n".join(tables)
 
 

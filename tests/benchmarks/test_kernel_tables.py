@@ -54,9 +54,9 @@ def steps() -> list[tables.Row]:
 
 def test_without_rows_each_part_says_so_in_one_sentence() -> None:
     page = make_kernel_page([])
-    for command in ("peers", "switching", "kernels"):
+    for command in ("peers", "text_steps", "switching", "kernels"):
         assert f"Not measured yet; `python -m benchmarks.{command} --add` does." in page
-    assert page.count("Not measured yet") == 3
+    assert page.count("Not measured yet") == 4
 
 
 def test_steps_have_a_line_for_each_recipe_of_ours() -> None:
@@ -66,6 +66,16 @@ def test_steps_have_a_line_for_each_recipe_of_ours() -> None:
     assert "| 7.1 | 65 |" in line
     assert "rtn-w8a8" not in page
     assert "- random-dit on A CPU, 2 threads, 2026-11-21. Best other tool: peer-torchao-int8" in page
+
+
+def test_text_has_a_table_of_its_own() -> None:
+    own = [
+        row("random-pixart-xl", "tr-dq-w4a8", name, value, "text")
+        for name, value in (("known_text_ms", 90.0), ("text_share", 0.161))
+    ]
+    page = make_kernel_page([*own, *swaps()])
+    assert "| random-pixart-xl, tr-dq-w4a8 | 90.0 | 16.1 |" in page
+    assert "On A CPU, 2 threads; 25 runs, 2026-11-21." in page
 
 
 def test_calls_and_swaps_show_the_last_measurement() -> None:
