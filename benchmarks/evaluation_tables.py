@@ -84,7 +84,13 @@ def make_evaluation_tables(rows: Iterable[Row]) -> str:
     groups: dict[tuple[str, str, str, bool, str], list[Row]] = {}
     for row in filter(is_evaluation, rows):
         ablation = ABLATION in _parts(row)
-        key = (row["model"], row["device"], row["threads"], ablation, ABLATION if ablation else _bits(row))
+        key = (
+            row["model"],
+            row["device"],
+            row["threads"],
+            ablation,
+            f"{ABLATION} at {_bits(row)}" if ablation else _bits(row),
+        )
         groups.setdefault(key, []).append(row)
     ordered = sorted(groups, key=lambda key: (key[:3], key[3], [-width for width in _widths(key[4])] or [0]))
     machines = list(dict.fromkeys(key[:3] for key in ordered))

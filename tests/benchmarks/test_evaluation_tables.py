@@ -54,8 +54,8 @@ def test_ablations_have_a_table_of_their_own() -> None:
     rows = [*tables.rows_from_report(REPORT), *tables.rows_from_report(REPORT, tag="ablation")]
     text = make_evaluation_tables(rows)
     assert text.count("**pocket-image, ") == 3
-    assert text.index("**pocket-image, W4A4**") < text.index("**pocket-image, ablation**")
-    assert text.split("ablation**")[1].count("| rtn-w") == 2
+    assert text.index("**pocket-image, W4A4**") < text.index("**pocket-image, ablation at W4A4**")
+    assert text.split("ablation at W4A4**")[1].count("| rtn-w") == 2
 
 
 def test_evaluations_stay_out_of_the_other_tables() -> None:

@@ -6,7 +6,19 @@ import pytest
 import torch
 from torch import nn
 
+from trdq_core.nn import few_rows
 from trdq_core.nn.few_rows import FEW, FewRows, read_weights_once
+
+
+@pytest.fixture(autouse=True)
+def _small_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_rows, "LARGE", 24 * 70)
+
+
+def test_small_weights_are_left_alone() -> None:
+    linear = nn.Linear(24, 69)
+    read_weights_once(linear)
+    assert not isinstance(linear.forward, FewRows)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -1,4 +1,4 @@
-"""Unquantized linears with a few rows, such as those of the timestep: what they cost is reading the weight."""
+"""Large unquantized linears with a few rows, such as those of the timestep: what they cost is reading the weight."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from trdq_core.nn.fused import fusion_is_off, hooked
 
 FEW = 8
+LARGE = 1 << 19  # elements of a weight; a smaller one is read in less time than it takes to wake a second thread
 
 
 class FewRows:
@@ -33,7 +34,7 @@ class FewRows:
 
 
 def read_weights_once(denoiser: nn.Module) -> None:
-    """Let the linears that stay in full precision be quick for few rows."""
+    """Let the large linears that stay in full precision be quick for few rows."""
     for module in denoiser.modules():
-        if type(module) is nn.Linear and not isinstance(module.forward, FewRows):
+        if type(module) is nn.Linear and module.weight.numel() >= LARGE and not isinstance(module.forward, FewRows):
             module.forward = FewRows(module)
