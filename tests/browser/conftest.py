@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,7 @@ class Visit:
     page: Any
     errors: list[str] = field(default_factory=list)
     hosts: set[str] = field(default_factory=set)
+    traffic: list[str] = field(default_factory=list)
 
     def check(self) -> None:
         """Nothing left this machine, and nothing broke in the browser."""
@@ -113,21 +115,47 @@ def context(browser: Any) -> Iterator[Any]:
 def visit(context: Any) -> Iterator[Callable[..., Visit]]:
     """Opens a studio at a width, light or dark, and waits until its plan stands there."""
     pages = []
+    opened: list[Visit] = []
 
     def go(url: str, width: int = 1400, dark: bool = False) -> Visit:
         seen = Visit(context.new_page())
+        opened.append(seen)
         pages.append(seen.page)
         seen.page.set_viewport_size({"width": width, "height": 900 if width > 600 else 844})
         seen.page.on("request", lambda request: seen.hosts.add(urlparse(request.url).hostname or ""))
+        seen.page.on("request", lambda request: _heard(seen, "asked", request))
+        seen.page.on("requestfinished", lambda request: _heard(seen, "answered", request))
+        seen.page.on("requestfailed", lambda request: _heard(seen, "failed", request))
         seen.page.on("pageerror", lambda error: seen.errors.append(str(error)))
         seen.page.on("console", lambda message: _note(seen, message))
         seen.page.goto(f"{url}?__theme={'dark' if dark else 'light'}")
         seen.page.wait_for_selector("#plan .tr-cards")
         return seen
 
+    go.opened = opened  # type: ignore[attr-defined]
     yield go
     for page in pages:
         page.close()
+
+
+def _heard(seen: Visit, what: str, request: Any) -> None:
+    address = urlparse(request.url)
+    if "/gradio_api/" in address.path and "/file" not in address.path:
+        body = (request.post_data or "")[:160] if what == "asked" else ""
+        seen.traffic.append(f"{time.monotonic():.2f} {what} {address.path.rsplit('/gradio_api/')[-1]} {body}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """A test that failed shows what its pages asked for and what they say: it may fail where nobody can look."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when != "call" or not report.failed:
+        return
+    for seen in getattr(getattr(item, "funcargs", {}).get("visit"), "opened", []):
+        words = seen.page.locator("body").inner_text() if not seen.page.is_closed() else "closed"
+        told = [*seen.errors, *seen.traffic[-40:], f"{time.monotonic():.2f} now", words[:1500]]
+        report.sections.append(("the page", "\n".join(told)))
 
 
 def _note(seen: Visit, message: Any) -> None:

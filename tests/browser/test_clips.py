@@ -13,6 +13,7 @@ import pytest
 
 from studio.services.form import Form, compare_spec
 from tests.browser.conftest import Visit
+from tests.browser.pressing import push
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, press
 from tests.studio.fake_clips import FRAMES
 from tests.studio.fake_core import FakeCore
@@ -157,7 +158,7 @@ def show_newest(page: Any) -> None:
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
     page.wait_for_selector("#run-metrics .tr-table")
-    page.locator("#show-run").click()
+    push(page, "#show-run")
     page.wait_for_selector(".tr-clips:visible")
     page.wait_for_function("document.querySelector('.tr-clip-frame').innerText.startsWith('frame 0')")
 
@@ -274,7 +275,7 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     page = seen.page
     choose_video(page)
     page.get_by_role("tab", name="Guidance", exact=True).click()
-    page.locator("#measure-attention").click()
+    push(page, "#measure-attention")
     page.wait_for_selector("#blocks-map .tr-map-field")
     page.wait_for_selector("#sharing-plan .tr-cards")
     rows = "n => JSON.parse(document.querySelector('#blocks-map .tr-map-field').dataset.map).v.length === n"
@@ -295,12 +296,12 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     page.locator("#guidance-part label", has_text="Spatial").click()
     page.wait_for_function(rows, arg=BLOCKS)
     assert page.locator("#threshold input[type=number]").input_value() == threshold
-    page.locator("#try").click()
+    push(page, "#try")
     page.wait_for_selector("#trial-numbers >> text=mean over the frames of one clip")
     picture(page, screenshots, "11-clips-guidance")
     page.get_by_role("tab", name="Layers", exact=True).click()
     page.wait_for_selector("#edit-totals .tr-cards")
-    page.locator("#run-scan").click()
+    push(page, "#run-scan")
     page.wait_for_function("document.querySelectorAll('#scan-chart .main-svg .barlayer .trace').length > 1")
     picture(page, screenshots, "12-clips-layers")
     assert no_sideways_scrolling(page)

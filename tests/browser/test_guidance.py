@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import push
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, wait_for_picture
 from tests.studio.fake_core import FakeCore
 from trdq_core.specs import SharingSpec
@@ -32,7 +33,7 @@ def go(page: Any) -> None:
 
 
 def measure(page: Any) -> None:
-    page.locator("#measure-attention").click()
+    push(page, "#measure-attention")
     page.wait_for_selector("#strip .tr-strip.done >> text=can be chosen again")
     page.wait_for_selector("#blocks-map .tr-map-field")
 
@@ -62,14 +63,14 @@ def test_measure_plan_apply_and_try(visit: Open, fake_url: str, screenshots: Pat
     assert "blocks 0 to 1" in few and "blocks 0 to 5" in many
     marked = page.locator("#blocks-map .tr-map-shared")
     assert marked.count() == 6
-    page.locator("#published").click()
+    push(page, "#published")
     page.wait_for_selector("#sharing-plan >> text=the published list")
-    page.locator("#no-sharing").click()
+    push(page, "#no-sharing")
     page.wait_for_selector("#sharing-plan >> text=No block is shared")
     assert marked.count() == 0
     move_slider(page, 0.15)
 
-    page.locator("#apply-plan").click()
+    push(page, "#apply-plan")
     page.wait_for_selector("#applied .tr-notice.done")
     page.wait_for_selector("#plan-command >> text=--sharing plan.json")
     with page.expect_download() as download:
@@ -77,7 +78,7 @@ def test_measure_plan_apply_and_try(visit: Open, fake_url: str, screenshots: Pat
     assert download.value.suggested_filename == "plan.json"
     assert SharingSpec.from_json(Path(download.value.path()).read_text()).blocks == ((0, 1, 2, 3),)
 
-    page.locator("#try").click()
+    push(page, "#try")
     page.wait_for_selector("#trial-numbers .tr-table")
     for part in ("#trial-without", "#trial-with", "#trial-difference"):
         wait_for_picture(page, part)
@@ -125,7 +126,7 @@ def test_an_applied_plan_reaches_the_comparison(visit: Open, fake_url: str, scre
     assert page.locator("#share input").is_disabled()
     go(page)
     measure(page)
-    page.locator("#apply-plan").click()
+    push(page, "#apply-plan")
     page.wait_for_selector("#applied .tr-notice.done")
     page.wait_for_function("document.querySelector('#share input').checked")
     assert "saves" in page.locator("#share").inner_text()
@@ -150,16 +151,16 @@ def test_bad_input_cancel_and_reload(visit: Open, fake_url: str, fake_core: Fake
     guidance.fill("1")
     guidance.press("Enter")
     go(page)
-    page.locator("#measure-attention").click()
+    push(page, "#measure-attention")
     page.wait_for_selector("#problem >> text=which has one branch")
     guidance.fill("3.5")
     guidance.press("Enter")
     measure(page)
-    page.locator("#try").click()
+    push(page, "#try")
     page.wait_for_selector("#trial-numbers .tr-table")
     page.wait_for_function("localStorage.getItem('trdq-studio-trial')")
     fake_core.runs.pace = 0.3
-    page.locator("#measure-attention").click()
+    push(page, "#measure-attention")
     page.wait_for_selector("#strip .tr-strip.running >> text=left in this stage")
     page.locator("#cancel-attention").dispatch_event("click")
     page.wait_for_selector("#strip .tr-strip.cancelled")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import push
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture
 from tests.studio.fake_core import LAYERS, FakeCore
 from trdq_core.presets import METHODS
@@ -32,7 +33,7 @@ def go(page: Any) -> None:
 
 
 def scan(page: Any) -> None:
-    page.locator("#run-scan").click()
+    push(page, "#run-scan")
     page.wait_for_selector("#strip .tr-strip.done >> text=can be chosen again")
     page.wait_for_function("document.querySelectorAll('#scan-chart .main-svg .barlayer .trace').length === 3")
 
@@ -76,14 +77,14 @@ def test_scan_change_save_and_choose(visit: Open, fake_url: str, screenshots: Pa
 
     name = f"plan-{width}"
     page.locator("#recipe-name :is(input, textarea)").fill(name)
-    page.locator("#recipe-save").click()
+    push(page, "#recipe-save")
     page.wait_for_selector("#recipe-saved .tr-notice.done")
     page.wait_for_selector("#edit-command >> text=--recipe-file")
     with page.expect_download() as download:
         page.locator("#recipe-file").click()
     saved = Recipe.from_json(Path(download.value.path()).read_text())
     assert (saved.name, saved.rules[0].weight) == (name, None)
-    page.locator("#recipe-use").click()
+    push(page, "#recipe-use")
     page.wait_for_selector(f"#plan >> text={name}")
     open_sidebar(page)
     assert page.locator("#method input").input_value() == f"{name} (saved recipe)"
@@ -99,10 +100,10 @@ def test_a_saved_recipe_is_offered_after_a_reload(visit: Open, fake_url: str, fa
     page = visit(fake_url).page
     go(page)
     page.locator("#recipe-name :is(input, textarea)").fill("Not a name")
-    page.locator("#recipe-save").click()
+    push(page, "#recipe-save")
     page.wait_for_selector("#recipe-saved >> text=small letters")
     page.locator("#recipe-name :is(input, textarea)").fill("after-reload")
-    page.locator("#recipe-save").click()
+    push(page, "#recipe-save")
     page.wait_for_selector("#recipe-saved .tr-notice.done")
     page.reload()
     page.wait_for_selector("#plan .tr-cards")
@@ -116,10 +117,9 @@ def test_a_saved_recipe_is_offered_after_a_reload(visit: Open, fake_url: str, fa
 def test_cancel_and_bad_input(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
     page = visit(fake_url).page
     go(page)
-    page.locator("#edit-skip").click()
-    page.wait_for_selector("#edit-note >> text=none is picked")
+    push(page, "#edit-skip", "document.querySelector('#edit-note').innerText.includes('none is picked')")
     fake_core.runs.pace = 0.3
-    page.locator("#run-scan").click()
+    push(page, "#run-scan")
     page.wait_for_selector("#strip .tr-strip.running >> text=left in this stage")
     page.locator("#cancel-scan").dispatch_event("click")
     page.wait_for_selector("#strip .tr-strip.cancelled")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import push
 from tests.studio.fake_core import FakeCore
 
 pytestmark = pytest.mark.browser
@@ -184,5 +185,4 @@ def test_closer_look_download_and_reload(visit: Open, fake_url: str) -> None:
     page.get_by_role("tab", name="Runs", exact=True).click()
     page.locator("#runs-table [role=gridcell]:visible").first.click()
     page.wait_for_selector("#opened-run #load-settings")
-    page.locator("#load-settings").click()
-    page.wait_for_function("document.querySelector('#seed input').value === '77'")
+    push(page, "#load-settings", "document.querySelector('#seed input').value === '77'")

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import push
 from tests.browser.test_pages import no_sideways_scrolling, picture, press
 from tests.studio.fake_core import FakeCore
 
@@ -32,12 +33,12 @@ def test_a_column_is_saved_and_fetched(
     if width > 600:
         the_chart_follows_the_sidebar(page)
     assert "--recipe tr-dq-w4a8" in page.locator("#save-command").inner_text()
-    page.locator("#save-start").click()
+    push(page, "#save-start")
     page.wait_for_selector("#strip .tr-strip.done >> text=Saving tr-dq-w4a8 as a model")
     page.wait_for_selector("#save-said >> text=it samples the same bits")
     said = page.locator("#save-said").inner_text()
     assert "Saved: 3.0 MiB" in said and "Saved in" not in said, "no place on the disk for who may be elsewhere"
-    page.locator("#save-pack").click()
+    push(page, "#save-pack")
     page.wait_for_selector("#save-download:visible")
     picture(page, screenshots, "5-saved")
     with page.expect_download() as download:
