@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tests.nn.test_fused import output, pixart, quantized
+from tests.tiny import tiny_pipeline
 from trdq_core.kernels import native
 from trdq_core.nn.fused_block import fuse
 from trdq_core.nn.modules import share_copy
@@ -120,6 +121,16 @@ class TestDenoiser:
         assert len(seen) == 3
         fuse(fresh)
         assert torch.equal(second, output(fresh, later))
+
+    def test_a_sampler_of_diffusers_computes_it_once(self) -> None:
+        """The stock pipeline hands over one and the same text at each step."""
+        pipeline = tiny_pipeline()
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.transformer = fused = quantized(pipeline.transformer)
+        fuse(fused)
+        seen = self.counted(fused)
+        pipeline("red apple", num_inference_steps=3, output_type="latent", use_resolution_binning=False)
+        assert seen == ["text", "keys 0", "keys 1"]
 
     def test_another_prompt_is_another_run(self) -> None:
         model, call = pixart()
