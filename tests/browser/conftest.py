@@ -19,6 +19,15 @@ CHROMIUM = os.environ.get("TRDQ_CHROMIUM") or shutil.which("chromium")
 PATIENCE = int(os.environ.get("TRDQ_PATIENCE", "30000"))  # ms: two cores, shared
 # Browser messages that are not about us: superseded pictures, Vega inside gradio, and slow software rendering.
 HARMLESS = ("ERR_ABORTED", "vega", "WebGL", "GPU stall", "favicon")
+# A failing test says which presses its page heard, and on what.
+PRESSES = """
+window.heardPresses = [];
+for (const kind of ["pointerdown", "pointerup", "click"])
+    document.addEventListener(kind, (event) => {
+        const on = event.target, place = on.closest?.("[id]")?.id, words = (on.innerText || "").slice(0, 30);
+        window.heardPresses.push(`${Math.round(performance.now())} ${kind} ${on.tagName} in #${place} ${words}`);
+    }, true);
+"""
 
 
 @dataclass
@@ -104,6 +113,7 @@ def context(browser: Any) -> Iterator[Any]:
     """One browser profile for all tests, so that gradio's 3 MB of scripts are read once; each page starts forgetful."""
     made = browser.new_context()
     made.set_default_timeout(PATIENCE)
+    made.add_init_script(PRESSES)
     made.add_init_script(
         "if (!sessionStorage.getItem('seen')) { localStorage.clear(); sessionStorage.setItem('seen', '1'); }"
     )
@@ -141,7 +151,9 @@ def visit(context: Any) -> Iterator[Callable[..., Visit]]:
 def _heard(seen: Visit, what: str, request: Any) -> None:
     address = urlparse(request.url)
     if "/gradio_api/" in address.path and "/file" not in address.path:
-        body = (request.post_data or "")[:160] if what == "asked" else ""
+        body = (request.post_data or "")[:110] if what == "asked" else ""
+        if body.startswith('{"data":[],"fn_index"'):
+            return  # the strip's clock
         seen.traffic.append(f"{time.monotonic():.2f} {what} {address.path.rsplit('/gradio_api/')[-1]} {body}")
 
 
@@ -153,8 +165,10 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
     if report.when != "call" or not report.failed:
         return
     for seen in getattr(getattr(item, "funcargs", {}).get("visit"), "opened", []):
-        words = seen.page.locator("body").inner_text() if not seen.page.is_closed() else "closed"
-        told = [*seen.errors, *seen.traffic[-40:], f"{time.monotonic():.2f} now", words[:1500]]
+        gone = seen.page.is_closed()
+        words = "closed" if gone else " / ".join(seen.page.locator(".tabitem:visible").all_inner_texts())
+        presses = [] if gone else seen.page.evaluate("window.heardPresses.slice(-12)")
+        told = [*seen.errors, *seen.traffic[-16:], f"{time.monotonic():.2f} now", *presses, words[:900]]
         report.sections.append(("the page", "\n".join(told)))
 
 

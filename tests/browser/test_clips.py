@@ -13,8 +13,8 @@ import pytest
 
 from studio.services.form import Form, compare_spec
 from tests.browser.conftest import Visit
-from tests.browser.pressing import push
-from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, press
+from tests.browser.pressing import choose, open_newest_run, open_tab, press, press_at, push
+from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, start
 from tests.studio.fake_clips import FRAMES
 from tests.studio.fake_core import FakeCore
 from tests.studio.fake_sharing import BLOCKS, TEMPORAL_BLOCKS
@@ -64,8 +64,7 @@ def quick(fake_core: FakeCore) -> Iterator[None]:
 
 def choose_video(page: Any, steps: int = 2) -> None:
     open_sidebar(page)
-    page.locator("#model input").click()
-    page.get_by_role("option", name="pocket-video", exact=True).click()
+    choose(page, "#model", "pocket-video")
     page.wait_for_selector("#model-line >> text=16 frames")
     page.locator("#groups input[type=number]").fill("2")
     page.locator("#groups input[type=number]").press("Enter")
@@ -73,13 +72,13 @@ def choose_video(page: Any, steps: int = 2) -> None:
     field.fill(str(steps))
     field.press("Enter")
     if page.viewport_size["width"] < 768:
-        page.locator(".sidebar .toggle-button").click()
+        press(page.locator(".sidebar .toggle-button"))
         page.wait_for_timeout(400)
 
 
 def compare(page: Any, steps: int = 2) -> None:
     choose_video(page, steps)
-    press(page, "compare")
+    start(page, "compare")
     page.wait_for_selector("#strip .tr-strip.done >> text=It is kept under Runs")
     page.wait_for_function(
         "document.querySelectorAll('.tr-clip video').length === 3"
@@ -128,7 +127,7 @@ def test_clips_play_together_and_step_by_frames(visit: Open, fake_url: str, scre
     assert all_show(page, 0)
     picture(page, screenshots, "9-clips")
 
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     page.wait_for_function(f"({TIMES})().every((time) => time > 0.3)")
     before = page.evaluate(TIMES)
     watch_drift(page, 8)
@@ -137,7 +136,7 @@ def test_clips_play_together_and_step_by_frames(visit: Open, fake_url: str, scre
     page.wait_for_function(f"({TIMES})().every((time) => time > 0.1 && time < 0.8)")
     watch_drift(page, 4)
     assert page.locator("[data-do=play]").inner_text() == "Pause"
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     still = frame(page)
     assert all_show(page, still)
     page.wait_for_timeout(200)
@@ -155,8 +154,8 @@ def store(core: FakeCore, *recipes: str, prompts: int = 1) -> Path:
 
 
 def show_newest(page: Any) -> None:
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    open_tab(page, "Runs")
+    open_newest_run(page)
     page.wait_for_selector("#run-metrics .tr-table")
     push(page, "#show-run")
     page.wait_for_selector(".tr-clips:visible")
@@ -171,18 +170,17 @@ def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
     page = seen.page
     show_newest(page)
     assert page.locator(".tr-clip").count() == 4, "a column for every recipe"
-    page.locator("[data-do=forward]").click()
-    page.locator("[data-do=forward]").click()
+    press(page.locator("[data-do=forward]"))
+    press(page.locator("[data-do=forward]"))
     assert all_show(page, 2)
-    page.locator("[data-do=back]").click()
+    press(page.locator("[data-do=back]"))
     assert all_show(page, 1)
     page.locator(".tr-clip-columns").press("ArrowRight")
     assert all_show(page, 2)
     field = page.locator(".tr-curve-psnr .tr-curve-field")
-    box = field.bounding_box()
-    field.click(position={"x": box["width"] * 11.5 / FRAMES, "y": 40})
+    press_at(field, 11.5 / FRAMES, 0.5)
     assert all_show(page, 11)
-    page.locator(".tr-motion [data-seek]").first.click()
+    press(page.locator(".tr-motion [data-seek]").first)
     assert all_show(page, 5), "the worst frame, which the table names"
     assert (
         "frame 5" in page.locator(".tr-motion").inner_text()
@@ -194,7 +192,7 @@ def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
     page.locator("[data-do=right]").select_option("0")
     assert page.evaluate(COLOURS) == ["247,247,247,255"], "full precision against itself is one grey"
     page.locator("[data-do=right]").select_option("1")
-    page.locator("input[name=tr-gain][value='16']").check()
+    press(page.locator("input[name=tr-gain][value='16']"))
     page.wait_for_selector(".tr-difference >> text=16 of 255")
     wipe = page.locator(".tr-wipe")
     box = wipe.bounding_box()
@@ -204,16 +202,15 @@ def test_steps_charts_wipe_and_difference_follow_the_exact_frames(
     assert wipe.get_attribute("aria-valuenow") == "27"
 
     with page.expect_download() as download:
-        page.locator(".tr-clip a", has_text="frames").nth(1).click()
+        press(page.locator(".tr-clip a", has_text="frames").nth(1))
     with zipfile.ZipFile(download.value.path()) as bundle:
         assert bundle.namelist() == [f"rtn-w4a8_000/{number:03d}.png" for number in range(FRAMES)]
         assert bundle.read("rtn-w4a8_000/005.png") == (folder / "frames" / "rtn-w4a8_000" / "005.png").read_bytes()
     with page.expect_download() as download:
-        page.locator(".tr-clip a", has_text="mp4").first.click()
+        press(page.locator(".tr-clip a", has_text="mp4").first)
     assert Path(download.value.path()).read_bytes() == (folder / "videos" / "fp_000.mp4").read_bytes()
 
-    page.locator("#clip-prompt input").click()
-    page.get_by_role("option").nth(1).click()
+    choose(page, "#clip-prompt", 1)
     page.wait_for_function("document.querySelector('.tr-clip a').download.startsWith('fp_001')")
     page.wait_for_function("document.querySelector('.tr-clip-frame').innerText.startsWith('frame 0')")
     assert all_show(page, 0)
@@ -229,9 +226,9 @@ def test_without_a_codec_the_exact_frames_play(visit: Open, fake_url: str, fake_
     assert "no ffmpeg was found" in page.locator(".tr-clip-note").inner_text()
     assert page.locator(".tr-clip video:visible").count() == 0
     assert page.locator(".tr-clip a", has_text="mp4").count() == 0
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     page.wait_for_function("Number(document.querySelector('[data-do=seek]').value) > 2")
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     reds = page.evaluate(
         """() => [...document.querySelectorAll('.tr-clip canvas')].map((canvas) => {
           const {data} = canvas.getContext('2d').getImageData(0, 32, 64, 1);
@@ -250,18 +247,18 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     choose_video(page, 6)
     assert page.locator("#prompt textarea").input_value() == "whale", "a prompt that the model knows"
     assert "turtle" in page.locator("#prompt-examples").inner_text()
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector(".tr-strip-row >> nth=1")
     fake_core.runs.pace = 1.0
-    page.locator("#cancel").dispatch_event("click")
+    push(page, "#cancel")
     page.wait_for_selector("#strip .tr-strip.cancelled")
     page.wait_for_selector(".tr-strip-row >> text=stopped after step")
     picture(page, screenshots, "10-clips-cancelled")
     assert page.evaluate(
         "[...document.querySelectorAll('.tr-strip-row img')].every((image) => image.naturalWidth > 100)"
     )
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    open_tab(page, "Runs")
+    open_newest_run(page)
     page.wait_for_selector("#run-strips >> text=stopped after step")
     page.wait_for_function(
         "document.querySelectorAll('#run-strips img').length === 2"
@@ -274,14 +271,14 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     seen = visit(fake_url)
     page = seen.page
     choose_video(page)
-    page.get_by_role("tab", name="Guidance", exact=True).click()
+    open_tab(page, "Guidance")
     push(page, "#measure-attention")
     page.wait_for_selector("#blocks-map .tr-map-field")
     page.wait_for_selector("#sharing-plan .tr-cards")
     rows = "n => JSON.parse(document.querySelector('#blocks-map .tr-map-field').dataset.map).v.length === n"
     page.wait_for_function(rows, arg=BLOCKS)
     threshold = page.locator("#threshold input[type=number]").input_value()
-    page.locator("#guidance-part label", has_text="Temporal").click()
+    press(page.locator("#guidance-part label", has_text="Temporal"))
     page.wait_for_selector("#guidance-note >> text=only looked at")
     page.wait_for_function(rows, arg=TEMPORAL_BLOCKS)
     page.wait_for_function(
@@ -289,17 +286,16 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     )
     for hidden in ("#threshold", "#published", "#sharing-plan", "#apply-plan", "#try"):
         page.locator(hidden).wait_for(state="hidden")
-    field = page.locator("#blocks-map .tr-map-field")
-    field.click(position={"x": 40, "y": field.bounding_box()["height"] * 3.5 / TEMPORAL_BLOCKS})
+    press_at(page.locator("#blocks-map .tr-map-field"), 0.1, 3.5 / TEMPORAL_BLOCKS)
     page.wait_for_selector("#heads-map >> text=Heads of block 3")
     picture(page, screenshots, "14-clips-guidance-temporal")
-    page.locator("#guidance-part label", has_text="Spatial").click()
+    press(page.locator("#guidance-part label", has_text="Spatial"))
     page.wait_for_function(rows, arg=BLOCKS)
     assert page.locator("#threshold input[type=number]").input_value() == threshold
     push(page, "#try")
     page.wait_for_selector("#trial-numbers >> text=mean over the frames of one clip")
     picture(page, screenshots, "11-clips-guidance")
-    page.get_by_role("tab", name="Layers", exact=True).click()
+    open_tab(page, "Layers")
     page.wait_for_selector("#edit-totals .tr-cards")
     push(page, "#run-scan")
     page.wait_for_function("document.querySelectorAll('#scan-chart .main-svg .barlayer .trace').length > 1")
@@ -309,8 +305,8 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
 
     narrow = visit(fake_url, 390)
     choose_video(narrow.page)
-    narrow.page.get_by_role("tab", name="Guidance", exact=True).click()
-    narrow.page.locator("#guidance-part label", has_text="Temporal").click()
+    open_tab(narrow.page, "Guidance")
+    press(narrow.page.locator("#guidance-part label", has_text="Temporal"))
     narrow.page.wait_for_selector("#guidance-note >> text=only looked at")
     narrow.page.wait_for_function(rows, arg=TEMPORAL_BLOCKS)
     assert no_sideways_scrolling(narrow.page)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
-from tests.browser.pressing import push
+from tests.browser.pressing import choose, open_newest_run, open_tab, press, press_at, push
 from tests.browser.test_pages import no_sideways_scrolling, open_sidebar, picture, wait_for_picture
 from tests.studio.fake_core import FakeCore
 from trdq_core.specs import SharingSpec
@@ -28,7 +28,7 @@ def quick(fake_core: FakeCore) -> Iterator[None]:
 
 
 def go(page: Any) -> None:
-    page.get_by_role("tab", name="Guidance", exact=True).click()
+    open_tab(page, "Guidance")
     page.wait_for_selector("#measure-attention:visible")
 
 
@@ -74,7 +74,7 @@ def test_measure_plan_apply_and_try(visit: Open, fake_url: str, screenshots: Pat
     page.wait_for_selector("#applied .tr-notice.done")
     page.wait_for_selector("#plan-command >> text=--sharing plan.json")
     with page.expect_download() as download:
-        page.locator("#plan-file").click()
+        push(page, "#plan-file")
     assert download.value.suggested_filename == "plan.json"
     assert SharingSpec.from_json(Path(download.value.path()).read_text()).blocks == ((0, 1, 2, 3),)
 
@@ -84,7 +84,7 @@ def test_measure_plan_apply_and_try(visit: Open, fake_url: str, screenshots: Pat
         wait_for_picture(page, part)
     assert "PSNR with against without sharing" in page.locator("#trial-numbers").inner_text()
     assert no_sideways_scrolling(page)
-    page.locator("#similarity-numbers button").first.click()
+    press(page.locator("#similarity-numbers button").first)
     page.wait_for_selector("#group-table table:visible")
     assert no_sideways_scrolling(page)
     picture(page, screenshots, "6-guidance-tried")
@@ -98,8 +98,7 @@ def test_a_cell_is_chosen_by_pointer_and_by_keyboard(visit: Open, fake_url: str)
     measure(page)
     field = page.locator("#blocks-map .tr-map-field")
     numbers = json.loads(field.get_attribute("data-map"))
-    rows, columns, box = len(numbers["v"]), len(numbers["t"]), field.bounding_box()
-    field.click(position={"x": box["width"] * 2.5 / columns, "y": box["height"] * 5.5 / rows})
+    press_at(field, 2.5 / len(numbers["t"]), 5.5 / len(numbers["v"]))
     page.wait_for_selector("#heads-map >> text=Heads of block 5")
     said = page.locator("#blocks-map .tr-map-say").inner_text()
     assert said.startswith(f"block 5, timestep {numbers['t'][2]}: output error {numbers['v'][5][2]}") or "Point" in said
@@ -112,10 +111,9 @@ def test_a_cell_is_chosen_by_pointer_and_by_keyboard(visit: Open, fake_url: str)
     page.wait_for_selector("#heads-map >> text=Heads of block 4")
     page.wait_for_function("document.activeElement.matches('#blocks-map .tr-map-field')")
     assert page.locator("#block input").input_value() == "block 4"
-    page.locator("#block input").click()
-    page.get_by_role("option", name="block 7", exact=True).click()
+    choose(page, "#block", "block 7")
     page.wait_for_selector("#heads-map >> text=Heads of block 7")
-    page.locator("#measure label", has_text="Map cosine").click()
+    press(page.locator("#measure label", has_text="Map cosine"))
     page.wait_for_selector("#sharing-plan >> text=map cosine at least")
     seen.check()
 
@@ -130,15 +128,15 @@ def test_an_applied_plan_reaches_the_comparison(visit: Open, fake_url: str, scre
     page.wait_for_selector("#applied .tr-notice.done")
     page.wait_for_function("document.querySelector('#share input').checked")
     assert "saves" in page.locator("#share").inner_text()
-    page.get_by_role("tab", name="Compare", exact=True).click()
-    page.locator("#compare").click()
+    open_tab(page, "Compare")
+    push(page, "#compare")
     page.wait_for_selector("#strip .tr-strip.done >> text=It is kept under Runs")
     wait_for_picture(page, "#picture-chosen")
     heads = page.locator(".tr-head b").all_inner_texts()
     assert {"TR-DQ W4A8", "TR-DQ W4A8 + sharing"} <= set(heads)
     picture(page, screenshots, "7-compare-sharing")
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    open_tab(page, "Runs")
+    open_newest_run(page)
     page.wait_for_selector("#run-metrics >> text=FP32 + sharing")
     wait_for_picture(page, "#run-pictures")
     picture(page, screenshots, "8-runs-sharing")
@@ -162,7 +160,7 @@ def test_bad_input_cancel_and_reload(visit: Open, fake_url: str, fake_core: Fake
     fake_core.runs.pace = 0.3
     push(page, "#measure-attention")
     page.wait_for_selector("#strip .tr-strip.running >> text=left in this stage")
-    page.locator("#cancel-attention").dispatch_event("click")
+    push(page, "#cancel-attention")
     page.wait_for_selector("#strip .tr-strip.cancelled")
     fake_core.runs.pace = 0.005
     page.reload()

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
-from tests.browser.pressing import push
+from tests.browser.pressing import choose, open_newest_run, open_tab, press, push
 from tests.studio.fake_core import FakeCore
 
 pytestmark = pytest.mark.browser
@@ -27,13 +27,13 @@ def usual_pace(fake_core: FakeCore) -> Iterator[None]:
 
 def open_sidebar(page: Any) -> None:
     if page.viewport_size["width"] < 768:
-        page.locator(".sidebar .toggle-button").click()
+        press(page.locator(".sidebar .toggle-button"))
         page.wait_for_timeout(400)
 
 
-def press(page: Any, button: str) -> None:
+def start(page: Any, button: str) -> None:
     open_sidebar(page)
-    page.locator(f"#{button}").click()
+    push(page, f"#{button}")
 
 
 def no_sideways_scrolling(page: Any) -> bool:
@@ -58,7 +58,7 @@ def test_every_page_is_readable(visit: Open, fake_url: str, screenshots: Path, w
     seen = visit(fake_url, width)
     page = seen.page
     picture(page, screenshots, "1-start")
-    press(page, "compare")
+    start(page, "compare")
     page.wait_for_selector("#strip .tr-strip.done")
     for part in ("#picture-reference", "#picture-baseline", "#picture-chosen", "#wipe", "#difference"):
         wait_for_picture(page, part)
@@ -66,14 +66,14 @@ def test_every_page_is_readable(visit: Open, fake_url: str, screenshots: Path, w
     assert page.locator(".tr-badge.int4").count() >= 2
     assert no_sideways_scrolling(page)
     picture(page, screenshots, "2-compare")
-    page.get_by_role("tab", name="Activations", exact=True).click()
+    open_tab(page, "Activations")
     page.wait_for_selector("#facts .tr-facts")
     page.wait_for_function("document.querySelectorAll('#histogram .main-svg .barlayer .trace').length == 2")
     page.wait_for_function("document.querySelectorAll('#timeline .main-svg .shapelayer path').length == 6")
     assert no_sideways_scrolling(page)
     picture(page, screenshots, "3-activations")
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    open_tab(page, "Runs")
+    open_newest_run(page)
     page.wait_for_selector("#run-metrics .tr-table")
     wait_for_picture(page, "#run-pictures")
     assert no_sideways_scrolling(page)
@@ -102,23 +102,22 @@ def test_the_plan_follows_and_bad_input_gives_one_sentence_each(visit: Open, fak
     page = seen.page
     for prompt, said in (("", "it is empty"), ("x" * 10_000, "10,000 characters")):
         page.locator("#prompt textarea").fill(prompt)
-        page.locator("#compare").click()
+        push(page, "#compare")
         page.wait_for_function(f"document.querySelector('#problem')?.innerText.includes({said!r})")
         page.locator("[data-testid='toast-body']").filter(has_text=said).first.wait_for()
     page.locator("#prompt textarea").fill("owl")
     page.locator("#groups input[type=number]").fill("40")
     page.locator("#groups input[type=number]").press("Enter")
     page.wait_for_function("document.querySelector('#problem')?.innerText.includes('as many groups as steps')")
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector("[data-testid='toast-body'] >> text=as many groups as steps")
     page.locator("#groups input[type=number]").fill("2")
     page.locator("#groups input[type=number]").press("Enter")
     page.wait_for_function("!document.querySelector('#problem')?.innerText.trim()")
-    page.locator("#method input").click()
-    page.get_by_role("option", name="ViDiT-Q", exact=True).click()
-    page.locator("#weight-bits label", has_text="8").click()
+    choose(page, "#method", "ViDiT-Q")
+    press(page.locator("#weight-bits label", has_text="8"))
     page.wait_for_selector("#plan >> text=vidit-q-w8a8")
-    page.locator("#plan-layers button").first.click()
+    press(page.locator("#plan-layers button").first)
     page.wait_for_selector(".tr-table >> text=proj_out")
     assert page.locator(".tr-table tr.kept").count() == 1
     seen.check()
@@ -127,9 +126,9 @@ def test_the_plan_follows_and_bad_input_gives_one_sentence_each(visit: Open, fak
 def test_cancel_stops_within_two_steps(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
     fake_core.runs.pace = 0.5
     page = visit(fake_url).page
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector("#strip .tr-strip.running")
-    page.locator("#cancel").dispatch_event("click")
+    push(page, "#cancel")
     page.wait_for_selector("#strip .tr-strip.cancelled", timeout=5000)
     assert "is kept" in page.locator("#strip").inner_text()
     info = fake_core.runs.list_runs()[0]
@@ -139,21 +138,21 @@ def test_cancel_stops_within_two_steps(visit: Open, fake_url: str, fake_core: Fa
 def test_a_second_visitor_sees_his_place(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
     fake_core.runs.pace = 0.4
     first, second = visit(fake_url).page, visit(fake_url).page
-    first.locator("#compare").click()
+    push(first, "#compare")
     first.wait_for_selector("#strip .tr-strip.running")
-    second.locator("#compare").click()
+    push(second, "#compare")
     second.wait_for_selector("#strip >> text=You are number 1 in line")
     first.wait_for_selector("#header >> text=2 in line")
-    first.locator("#cancel").dispatch_event("click")
+    push(first, "#cancel")
     second.wait_for_selector("#strip .tr-strip.running")
-    second.locator("#cancel").dispatch_event("click")
+    push(second, "#cancel")
     second.wait_for_selector("#strip .tr-strip.cancelled")
 
 
 def test_a_closed_tab_frees_the_model(visit: Open, fake_url: str, fake_core: FakeCore) -> None:
     fake_core.runs.pace = 0.4
     first = visit(fake_url).page
-    first.locator("#compare").click()
+    push(first, "#compare")
     first.wait_for_selector("#strip .tr-strip.running")
     first.close()
     second = visit(fake_url).page
@@ -164,25 +163,24 @@ def test_closer_look_download_and_reload(visit: Open, fake_url: str) -> None:
     """The wipe and the gain follow their choices, the archive comes, and a reload loses nothing that finished."""
     page = visit(fake_url).page
     page.locator("#seed input").fill("77")
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector("#strip .tr-strip.done")
     wait_for_picture(page, "#difference")
     before = page.locator("#difference img").get_attribute("src")
-    page.locator("#gain label", has_text="x16").click()
+    press(page.locator("#gain label", has_text="x16"))
     page.wait_for_selector(".tr-scale >> text=16 of 255")
     page.wait_for_function("b => document.querySelector('#difference img').src !== b", arg=before)
     before = page.locator("#difference img").get_attribute("src")
-    page.locator("#wipe-left input").click()
-    page.get_by_role("option", name="RTN W4A8", exact=True).click()
+    choose(page, "#wipe-left", "RTN W4A8")
     page.wait_for_function("b => document.querySelector('#difference img').src !== b", arg=before)
     with page.expect_download() as download:
-        page.locator("#download").click()
+        push(page, "#download")
     assert re.fullmatch(r".*compare.*\.zip", download.value.suggested_filename)
     page.wait_for_function("localStorage.getItem('trdq-studio')")
     page.reload()
     wait_for_picture(page, "#picture-chosen")
     assert "(seed 77)" in page.locator(".tr-same").first.inner_text()
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible").first.click()
+    open_tab(page, "Runs")
+    open_newest_run(page)
     page.wait_for_selector("#opened-run #load-settings")
     push(page, "#load-settings", "document.querySelector('#seed input').value === '77'")

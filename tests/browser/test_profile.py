@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import open_tab, press
 from tests.browser.test_pages import no_sideways_scrolling, picture
 from tests.studio import fake_profile
 from tests.studio.fake_core import FakeCore
@@ -25,13 +26,9 @@ def test_a_stored_profile_is_drawn(
     """The bars, the roofline and both tables, at two widths; before that, what to do."""
     seen = visit(fake_url, width)
     page = seen.page
-    tab = page.get_by_role("tab", name="Profile", exact=True)
-    if not tab.is_visible():  # on a phone the last tabs are behind a button
-        page.locator(".overflow-menu button").first.click()
-        tab = page.get_by_role("button", name="Profile", exact=True)
     run = fake_profile.store(fake_core.runs.folder)
     try:
-        tab.click()
+        open_tab(page, "Profile")
         page.wait_for_function("document.querySelectorAll('#profile-bars .main-svg .barlayer .trace').length === 6")
         page.wait_for_function(
             "document.querySelectorAll('#profile-roofline .main-svg .scatterlayer .trace').length === 3"
@@ -41,7 +38,7 @@ def test_a_stored_profile_is_drawn(
         links = page.locator("#profile-traces a")
         assert links.all_inner_texts()[0] == "FP32"
         with page.expect_download() as fetched:
-            links.nth(1).click()
+            press(links.nth(1))
         assert fetched.value.suggested_filename == "tr-dq-w8a8.json.gz"
         assert json.loads(gzip.decompress(Path(fetched.value.path()).read_bytes())) == json.loads(fake_profile.TRACE)
         assert "--trace trace.json" in page.locator("#profile-command").inner_text()

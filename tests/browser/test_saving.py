@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
-from tests.browser.pressing import push
-from tests.browser.test_pages import no_sideways_scrolling, picture, press
+from tests.browser.pressing import press, push
+from tests.browser.test_pages import no_sideways_scrolling, picture, start
 from tests.studio.fake_core import FakeCore
 
 pytestmark = pytest.mark.browser
@@ -27,7 +27,7 @@ def test_a_column_is_saved_and_fetched(
     page = seen.page
     assert not page.locator("#save-model").is_visible()
     page.wait_for_timeout(200)
-    press(page, "compare")
+    start(page, "compare")
     page.wait_for_selector("#strip .tr-strip.done")
     page.locator("#save-start").scroll_into_view_if_needed()
     if width > 600:
@@ -42,7 +42,7 @@ def test_a_column_is_saved_and_fetched(
     page.wait_for_selector("#save-download:visible")
     picture(page, screenshots, "5-saved")
     with page.expect_download() as download:
-        page.locator("#save-download").click()
+        push(page, "#save-download")
     file = tmp_path / "model.zip"
     download.value.save_as(file)
     names = zipfile.ZipFile(file).namelist()
@@ -60,7 +60,7 @@ def the_chart_follows_the_sidebar(page: Any) -> None:
     fits = f"() => Math.abs({wide.format(' .main-svg')} - {wide.format('')}) < 40"
     before = page.locator("#sqnr").bounding_box()["width"]
     for wider in (True, False):
-        page.locator(".sidebar .toggle-button").click()
+        press(page.locator(".sidebar .toggle-button"))
         page.wait_for_function(
             f"(document.querySelector('#sqnr').clientWidth > {before + 50}) === {str(wider).lower()}"
         )

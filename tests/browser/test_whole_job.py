@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.browser.conftest import Visit
+from tests.browser.pressing import choose, open_tab, press, push
 from tests.browser.test_pages import wait_for_picture
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
@@ -27,23 +28,22 @@ def test_choose_calibrate_compare_look_and_come_back(
 ) -> None:
     seen = visit(real_url)
     page = seen.page
-    page.locator("#method input").click()
-    page.get_by_role("option", name="TR-DQ", exact=True).click()
-    page.locator("#weight-bits label", has_text="4").click()
-    page.locator("#activation-bits label", has_text="8").click()
+    choose(page, "#method", "TR-DQ")
+    press(page.locator("#weight-bits label", has_text="4"))
+    press(page.locator("#activation-bits label", has_text="8"))
     set_number(page, "groups", 4)
     set_number(page, "steps", STEPS)
     page.wait_for_selector("#plan >> text=tr-dq-w4a8")
     page.wait_for_selector("#plan >> text=No stored calibration fits")
     page.screenshot(path=screenshots / "real-1-plan.png", full_page=True)
 
-    page.locator("#calibrate").click()
+    push(page, "#calibrate")
     page.wait_for_selector("#strip .tr-strip.running")
     page.screenshot(path=screenshots / "real-2-calibrating.png")
     page.wait_for_selector("#strip .tr-strip.done", timeout=LONG)
     page.wait_for_selector("#plan >> text=Calibration that will be used again")
 
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector("#strip .tr-strip.running")
     page.wait_for_selector("#strip .tr-strip.done", timeout=LONG)
     for part in ("#picture-reference", "#picture-baseline", "#picture-chosen", "#wipe", "#difference"):
@@ -61,10 +61,10 @@ def test_choose_calibrate_compare_look_and_come_back(
         page.mouse.down()
         page.mouse.move(box["x"] + 90, box["y"] + box["height"] / 2, steps=4)
         page.mouse.up()
-    page.locator("#gain label", has_text="x16").click()
+    press(page.locator("#gain label", has_text="x16"))
     page.wait_for_selector(".tr-scale >> text=16 of 255")
 
-    page.get_by_role("tab", name="Activations", exact=True).click()
+    open_tab(page, "Activations")
     page.wait_for_selector("#facts .tr-facts", timeout=LONG)
     assert page.locator("#histogram .main-svg .barlayer .trace").count() == 2
     assert page.locator("#timeline .main-svg .shapelayer path").count() == 6
@@ -72,8 +72,8 @@ def test_choose_calibrate_compare_look_and_come_back(
 
     page.reload()
     wait_for_picture(page, "#picture-chosen")
-    page.get_by_role("tab", name="Runs", exact=True).click()
-    page.locator("#runs-table [role=gridcell]:visible", has_text="compare").first.click()
+    open_tab(page, "Runs")
+    press(page.locator("#runs-table [role=gridcell]:visible", has_text="compare").first)
     page.wait_for_selector("#run-metrics .tr-table >> text=TR-DQ W4A8")
     page.screenshot(path=screenshots / "real-5-runs.png", full_page=True)
     seen.check()

@@ -9,6 +9,7 @@ import pytest
 
 from studio.services import prompts
 from tests.browser.conftest import Visit
+from tests.browser.pressing import choose, open_tab, press, push
 from tests.browser.test_clips import TIMES, all_show, frame, watch_drift
 from tests.browser.test_pages import picture
 from tests.browser.test_whole_job import LONG, set_number
@@ -30,38 +31,37 @@ def test_clips_are_compared_played_and_found_again(
     monkeypatch.setattr(prompts, "CALIBRATION_PROMPTS", PROMPTS)
     seen = visit(real_url)
     page = seen.page
-    page.locator("#model input").click()
-    page.get_by_role("option", name="pocket-video", exact=True).click()
+    choose(page, "#model", "pocket-video")
     page.wait_for_selector("#model-line >> text=16 frames")
     page.wait_for_function("document.querySelector('#prompt textarea').value === 'whale'")
     set_number(page, "groups", 1)
     set_number(page, "steps", STEPS)
     page.wait_for_selector("#plan >> text=No stored calibration fits")
-    page.locator("#compare").click()
+    push(page, "#compare")
     page.wait_for_selector(".tr-strip-row img", timeout=LONG)
     page.wait_for_selector("#strip .tr-strip.done", timeout=LONG)
     page.wait_for_function(
         "[...document.querySelectorAll('.tr-clip video')].filter((v) => v.readyState > 2).length === 3"
     )
     assert all_show(page, 0)
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     page.wait_for_function(f"({TIMES})().every((time) => time > 0.3)")
     first = page.evaluate(TIMES)
     watch_drift(page, 5)
     assert page.evaluate(TIMES) != first
-    page.locator("[data-do=play]").click()
+    press(page.locator("[data-do=play]"))
     still = frame(page)
     assert all_show(page, still)
-    page.locator("[data-do=back]" if still == 15 else "[data-do=forward]").click()
+    press(page.locator("[data-do=back]" if still == 15 else "[data-do=forward]"))
     assert all_show(page, still - 1 if still == 15 else still + 1)
     assert "motion ratio" in page.locator(".tr-motion").inner_text()
     assert page.locator(".tr-column .tr-badge.int4").count() >= 2
     assert "Noise floor" in page.locator("#pages").inner_text()
     picture(page, screenshots, "real-6-clips")
 
-    page.get_by_role("tab", name="Activations", exact=True).click()
+    open_tab(page, "Activations")
     page.wait_for_selector("#facts .tr-facts", timeout=LONG)
-    page.locator("#layer-part label", has_text="Temporal").click()
+    press(page.locator("#layer-part label", has_text="Temporal"))
     page.wait_for_selector("#histogram .gtitle >> text=temporal_blocks.0.attn1.to_q", timeout=LONG)
     assert page.locator("#layer input").input_value() == "blocks.0.attn1.to_q"
     picture(page, screenshots, "real-7-temporal")
