@@ -271,3 +271,18 @@ def test_sizes_are_those_that_were_asked_for() -> None:
     assert spec_of("sample", "--height", "64", "--frames", "8").size == {"height": 64, "frames": 8}
     with pytest.raises(RecipeError, match="width: got 0; allowed is 1 to 8192"):
         spec_of("sample", "--width", "0")
+
+
+def test_a_lora_is_named_by_its_place_and_a_scale_alone_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    spec = spec_of(*"sample --lora style.safetensors --lora-scale 0.5".split())
+    assert (spec.lora, spec.lora_scale) == (str(tmp_path / "style.safetensors"), 0.5)
+    assert RunSpec.from_json(spec.to_json()) == spec
+    for words, said in (
+        ("--lora-scale 0.5", "name its file with --lora"),
+        ("--lora a --lora-scale nan", "give a number"),
+    ):
+        with pytest.raises(RecipeError, match=said):
+            spec_of("sample", *words.split())

@@ -17,6 +17,7 @@ from trdq_core.model_flags import (
     add_anyway,
     add_download_command,
     add_loading,
+    add_lora,
     add_model_flags,
     add_models_command,
     add_runs_command,
@@ -47,7 +48,7 @@ DEFAULT_PROMPTS = {"attention": 4, "sample": 1, "compare": 8, "profile": 1, "eva
 SENSITIVITY_BITS = ("W8A8", "W4A8", "W4A4", "W3A4")
 RUN_FIELDS = (
     "model", "steps", "guidance", "seed", "timing_rounds", "backend", "seeds", "anyway", "push_to_hub", "trace",
-    "height", "width", "frames", "dtype", "offload",
+    "height", "width", "frames", "dtype", "offload", "lora", "lora_scale",
 )  # fmt: skip
 
 Given = dict[str, Any]  # the flags that were typed, nothing else
@@ -222,6 +223,7 @@ def _add_run(parser: Parser, command: str) -> None:
         )
     add_size(parser)
     add_loading(parser)
+    add_lora(parser)
     add_anyway(parser)
     if command == "save":
         add("--out", metavar="FOLDER", help='the model\'s new folder (default: "model" in the run folder)')
@@ -243,6 +245,8 @@ def spec_from(given: Given) -> RunSpec:
         data = RunSpec.from_json(_read(given["spec"], "--spec")).to_dict()
     data["command"] = "calibrate" if command in WITHOUT_A_RUN else command
     data |= {name: given[name] for name in RUN_FIELDS if name in given}
+    if "lora" in given:
+        data["lora"] = str(Path(given["lora"]).absolute())
     if command == "save" and "out" in given:
         data["save_to"] = str(Path(given["out"]).absolute())
     if command == "attention":

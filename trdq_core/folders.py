@@ -17,7 +17,7 @@ from PIL import Image
 from trdq_core.cache import data_folder as data_folder
 from trdq_core.errors import CalibrationError, StorageError
 from trdq_core.events import Event, OnEvent, ignore
-from trdq_core.specs import RunSpec
+from trdq_core.specs import RunSpec, fused_name
 
 STATES = ("done", "cancelled", "failed")
 
@@ -128,8 +128,8 @@ def list_runs() -> list[RunInfo]:
             spec = json.loads((folder / "spec.json").read_text())
             lines = (folder / "events.jsonl").read_text().splitlines()
             last = json.loads(lines[-1])["kind"] if lines else ""
-            command, model = str(spec["command"]), str(spec["model"])
-        except (OSError, ValueError, KeyError):
+            command, model = str(spec["command"]), fused_name(str(spec["model"]), spec.get("lora"))
+        except (OSError, ValueError, KeyError, TypeError):
             continue
         stamp = re.match(r"(\d{4})(\d\d)(\d\d)-(\d\d)(\d\d)(\d\d)", folder.name)
         created = "{}-{}-{}T{}:{}:{}".format(*stamp.groups()) if stamp else ""

@@ -40,6 +40,13 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_lora(parser: argparse.ArgumentParser) -> None:
+    """A LoRA that is added to the weights before anything is measured or quantized."""
+    add = parser.add_argument
+    add("--lora", metavar="FILE", help="a LoRA in safetensors to add to the model's weights first; needs peft")
+    add("--lora-scale", type=float, metavar="X", help="what it is multiplied by (default 1)")
+
+
 def add_size(parser: argparse.ArgumentParser) -> None:
     """How large pictures or clips are, of models that make several sizes."""
     for name, unit in (("height", "pixels"), ("width", "pixels"), ("frames", "frames of a clip")):

@@ -28,7 +28,7 @@ from trdq_core.models import (
     models,
     notes_of_model,
 )
-from trdq_core.specs import DEFAULT_LOADING, Loading, Recipe, RunSpec
+from trdq_core.specs import DEFAULT_LOADING, Loading, Recipe, RunSpec, fused_name
 
 if TYPE_CHECKING:
     from trdq_core.hub.store import Downloaded
@@ -81,7 +81,9 @@ def find_calibration(spec: RunSpec) -> CalibrationInfo | None:
 
     The run itself compares fingerprints, weights included; this look-up only reads descriptions.
     """
-    for info in list_calibrations(listed_name(spec.model)):  # a folder's calibrations go by its last part
+    for info in list_calibrations(
+        fused_name(listed_name(spec.model), spec.lora)
+    ):  # a folder's calibrations go by its last part
         about = json.loads((info.folder / "statistics.json").read_text())
         same = (info.steps, info.guidance, info.seed) == (spec.steps, spec.guidance, spec.seed)
         if same and tuple(about["prompts"]) == spec.calibration_prompts:

@@ -19,9 +19,9 @@ from trdq_core.kernels import dispatch
 from trdq_core.model_passes import make_passes
 from trdq_core.models import load_model
 from trdq_core.presets import parse_recipe
-from trdq_core.sampling import Trajectory, sample
+from trdq_core.sampling import SampledModel, Trajectory, sample
 from trdq_core.session import Session
-from trdq_core.specs import Recipe
+from trdq_core.specs import Recipe, fused_name
 
 FOLDER = "model"  # inside the run folder, where no other place is named
 
@@ -51,9 +51,7 @@ def quantize(
         )
     loaded = load_model(str(model))
     if lora is not None:
-        if not hasattr(loaded, "fuse_lora"):
-            raise ModelError(f"LoRA: {loaded.name} has random weights, so there is nothing to add it to.")
-        loaded.fuse_lora(lora, lora_scale)
+        add_lora(loaded, lora, lora_scale)
     backend, layers = dispatch.select_backend(loaded.device), loaded.linears()
     argument = loaded.timestep_argument
     if reason is None:
@@ -74,6 +72,13 @@ def quantize(
     part = next(name for name, value in pipeline.components.items() if value is loaded.denoiser)
     setattr(pipeline, part, conversion.denoiser)
     return pipeline
+
+
+def add_lora(model: SampledModel, file: str | Path, scale: float) -> None:
+    """Add a LoRA to a loaded model's weights; ModelError says what does not fit."""
+    if not hasattr(model, "fuse_lora"):
+        raise ModelError(f"LoRA: {model.name} has random weights, so there is nothing to add it to.")
+    model.fuse_lora(file, scale)
 
 
 def recipe_to_save(recipes: Sequence[Recipe]) -> Recipe:
@@ -118,7 +123,7 @@ def save(
         saved = save_quantized(
             pipeline if pipeline is not None else conversion,
             folder,
-            name=Path(spec.model).name,
+            name=fused_name(Path(spec.model).name, spec.lora),
             report=report,
             picture=picture,
             push_to_hub=spec.push_to_hub,

@@ -65,6 +65,8 @@ def export_command(spec: RunSpec, recipe_name: str, recipe_file: Path | None = N
     if recipe_file is None:
         words += commands.group_flags(recipe)
     words.append(f"--steps {spec.steps} --guidance {spec.guidance!r} --seed {spec.seed}")
+    if spec.lora is not None:
+        words.append(f"--lora {shlex.quote(spec.lora)} --lora-scale {spec.lora_scale!r}")
     words.append(f"--calibration-prompts {len(spec.calibration_prompts)} --out FOLDER")
     return " ".join(words)
 

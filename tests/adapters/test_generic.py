@@ -12,10 +12,9 @@ import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX, AutoencoderKLWan, CogVideoXTransformer3DModel, DiffusionPipeline
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from tests import tiny
-from tests.adapters.tiny_families import FAMILIES, build, embeddings_of
+from tests.adapters.tiny_families import FAMILIES, build, embeddings_of, with_text
 from tests.adapters.unseen import unseen_embeddings, unseen_pipeline
 from trdq_core import branches
 from trdq_core.adapters import layers_of, load_adapter
@@ -131,24 +130,6 @@ def test_what_prompts_cannot_be_is_said_in_one_sentence() -> None:
         model.encoder_features(np.zeros((1, 16, 16, 3), np.uint8))
 
 
-def with_text(name: str) -> DiffusionPipeline:
-    """A tiny pipeline that reads words: T5, for FLUX a CLIP text model besides."""
-    pipeline = build(name)
-    torch.manual_seed(0)
-    tokenizer, encoder = tiny._tokenizer(), tiny._text_encoder().eval()
-    if name.startswith("flux"):
-        config = CLIPTextConfig(
-            vocab_size=len(tiny.WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
-            max_position_embeddings=8, projection_dim=32, eos_token_id=1, pad_token_id=0, bos_token_id=0,
-        )  # fmt: skip
-        clip = CLIPTextModel(config).eval()
-        pipeline.register_modules(tokenizer_2=tokenizer, text_encoder_2=encoder, tokenizer=tokenizer, text_encoder=clip)
-        pipeline.tokenizer_max_length = 8
-    else:
-        pipeline.register_modules(tokenizer=tokenizer, text_encoder=encoder)
-    return pipeline
-
-
 @pytest.mark.parametrize("name", ["auraflow", "flux-true-guidance", "wan", "ltx", "latte", "pixart-sigma"])
 def test_text_is_encoded_as_the_stock_pipeline_encodes_it(name: str) -> None:
     pipeline = with_text(name)
@@ -162,6 +143,19 @@ def test_text_is_encoded_as_the_stock_pipeline_encodes_it(name: str) -> None:
     assert torch.equal(ours, stock)
     other = sample(model, model.encode(["tiger face"])[0], 5, steps=2, guidance=3.0).latents[-1]
     assert not torch.equal(ours, other)
+
+
+@pytest.mark.parametrize("name", [name for name, tiny in FAMILIES.items() if tiny.vae])
+def test_a_picture_in_between_does_not_change_the_run(name: str) -> None:
+    """Pictures come from the pipeline's own call, which begins anew: it sets guidance, timesteps and what solvers keep."""
+    model = TransformerModel.of(build(name), name, FAMILIES[name].size)
+    model.provide(PROMPT, embeddings_of(name, PROMPT))
+    conditioning, guidance = model.encode([PROMPT])[0], 4.0
+    alone = sample(model, conditioning, 3, steps=4, guidance=guidance).latents
+    watched = sample(
+        model, conditioning, 3, steps=4, guidance=guidance, on_step=lambda step, time, latents: model.decode(latents)
+    ).latents
+    assert all(torch.equal(one, other) for one, other in zip(alone, watched, strict=True))
 
 
 @pytest.mark.parametrize(

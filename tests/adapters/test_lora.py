@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from diffusers.loaders import lora_base, peft
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tests.adapters.tiny_families import build
+from tests.adapters.tiny_families import build, with_text
+from trdq_core import runs
 from trdq_core.adapters import pipelines
 from trdq_core.adapters.families import time_by_name
 from trdq_core.adapters.generic import TransformerModel
@@ -25,8 +27,13 @@ from trdq_core.data_free import convert_without_data
 from trdq_core.errors import ModelError
 from trdq_core.kernels import dispatch
 from trdq_core.presets import parse_recipe
+from trdq_core.specs import RunSpec
 
-LAYER = {"flux": "transformer_blocks.0.attn.to_q", "sd3": "transformer_blocks.0.attn.to_q"}
+LAYER = {
+    "flux": "transformer_blocks.0.attn.to_q", "sd3": "transformer_blocks.0.attn.to_q",
+    "auraflow": "joint_transformer_blocks.0.attn.to_q",
+}  # fmt: skip
+QUANTIZED = ("flux", "sd3")
 NORM = "transformer_blocks.0.attn.norm_q.weight"
 ADVICE = r"load the LoRA onto the original pipeline, call fuse_lora\(\) and unload_lora_weights\(\), then quantize"
 
@@ -40,7 +47,14 @@ def lora(family: str) -> dict[str, Tensor]:
     }
 
 
-@pytest.fixture(params=LAYER)
+@pytest.fixture
+def data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A data folder of this test alone."""
+    monkeypatch.setenv("TRDQ_DATA_DIR", str(tmp_path / "data"))
+    return tmp_path / "data"
+
+
+@pytest.fixture(params=QUANTIZED)
 def quantized(request: pytest.FixtureRequest) -> DiffusionPipeline:
     """A tiny pipeline whose transformer was quantized where it stands."""
     pipeline = build(request.param)
@@ -154,6 +168,30 @@ def test_a_fused_one_is_in_the_weights_and_nothing_else_is_left(family: str, tmp
         fuse_lora(pipeline, tmp_path / "other.safetensors")
     again = pipeline.transformer.state_dict()
     assert again.keys() == after.keys() and all(torch.equal(again[name], after[name]) for name in after)
+
+
+@pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
+def test_a_run_with_one_is_of_another_model(tmp_path: Path, data: Path) -> None:
+    """Its statistics, its report and the card of what it saves name the LoRA; the plain model's runs do not find them."""
+    folder, file = tmp_path / "tiny", tmp_path / "style.safetensors"
+    with_text("auraflow").save_pretrained(folder)
+    save_file(lora("auraflow"), file)
+    plain = RunSpec(
+        command="save", model=str(folder), recipes=(parse_recipe("smoothquant-w8a8"),), prompts=("tiger face",),
+        calibration_prompts=("green salad",), steps=2, height=64, width=64,
+    )  # fmt: skip
+    with_one = replace(plain, lora=str(file), lora_scale=0.5)
+    report = runs.run(with_one, data / "runs" / "20261121-000000000-save-0000")
+    assert report["model"] == f"{folder}+style" and report["saved"]["bit_equal"]
+    assert (Path(report["saved"]["folder"]) / "README.md").read_text().count("# tiny+style, smoothquant-w8a8") == 1
+    assert runs.find_calibration(with_one) is not None and runs.find_calibration(plain) is None
+    assert [run.model for run in runs.list_runs()] == [f"{folder}+style"]
+
+
+def test_random_weights_take_none(tmp_path: Path, data: Path) -> None:
+    spec = RunSpec(command="profile", model="random-dit", recipes=(parse_recipe("rtn-w8a8"),), lora="style.safetensors")
+    with pytest.raises(ModelError, match="LoRA: random-dit has random weights"):
+        runs.run(spec, data / "runs" / "one")
 
 
 def test_a_full_precision_pipeline_is_left_to_diffusers() -> None:

@@ -1,6 +1,7 @@
 """A tiny pipeline of random weights for each family: width 64 (96 for Z-Image), one or two blocks, 8x8 latents or less.
 
-For plumbing, never for quality. They have no text encoder: prompts come as random embeddings, `embeddings_of`.
+For plumbing, never for quality. They have no text encoder, prompts come as random embeddings (`embeddings_of`), unless
+`with_text` gives them one.
 """
 
 from __future__ import annotations
@@ -21,6 +22,9 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
 )
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from tests import tiny
 
 WIDTH, TEXT, TOKENS = 64, 32, 6
 HEADS = {"num_attention_heads": 2, "attention_head_dim": 32}
@@ -209,3 +213,21 @@ def embeddings_of(name: str, prompt: str) -> dict[str, Tensor]:
             mask[:, TOKENS - 2 :] = 0  # padding
             given[f"{branch}{key}"] = mask
     return given
+
+
+def with_text(name: str) -> DiffusionPipeline:
+    """A tiny pipeline that reads words: T5, for FLUX a CLIP text model besides."""
+    pipeline = build(name)
+    torch.manual_seed(0)
+    tokenizer, encoder = tiny._tokenizer(), tiny._text_encoder().eval()
+    if name.startswith("flux"):
+        config = CLIPTextConfig(
+            vocab_size=len(tiny.WORDS), hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=8, projection_dim=32, eos_token_id=1, pad_token_id=0, bos_token_id=0,
+        )  # fmt: skip
+        clip = CLIPTextModel(config).eval()
+        pipeline.register_modules(tokenizer_2=tokenizer, text_encoder_2=encoder, tokenizer=tokenizer, text_encoder=clip)
+        pipeline.tokenizer_max_length = 8
+    else:
+        pipeline.register_modules(tokenizer=tokenizer, text_encoder=encoder)
+    return pipeline

@@ -25,7 +25,7 @@ from trdq_core.errors import ModelError
 from trdq_core.nn.modules import align
 from trdq_core.plan import LayerInfo
 from trdq_core.sampling import ClipShape
-from trdq_core.specs import DEFAULT_LOADING, Loading
+from trdq_core.specs import DEFAULT_LOADING, Loading, fused_name
 from trdq_core.timegroups import TimeArgument
 
 
@@ -111,6 +111,7 @@ class PipelineModel:
         """Add a LoRA to the weights before anything is measured or quantized; `trdq_core.adapters.lora` says what is refused."""
         fuse_lora(self.pipeline, file, scale)
         self._fused += (weights_digest([Path(file)]), scale)
+        self.name = fused_name(self.name, file)
         align(self.denoiser)
 
     def fingerprint(self) -> str:

@@ -7,6 +7,7 @@ the scheduler answering at once, so no family needs code of its own for latents,
 from __future__ import annotations
 
 import ast
+import copy
 import inspect
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
@@ -122,6 +123,21 @@ def replaced(owner: object, name: str, value: Any) -> Iterator[Any]:
 
 
 _MISSING = object()
+
+
+@contextmanager
+def undisturbed(pipeline: DiffusionPipeline) -> Iterator[None]:
+    """Let the pipeline be called while a call of it is under way, which then finds guidance and scheduler as they were.
+
+    Both keep the state of a call in themselves: the strength of the guidance, timesteps, past predictions.
+    """
+    before = dict(vars(pipeline))
+    vars(pipeline)["scheduler"] = copy.deepcopy(pipeline.scheduler)
+    try:
+        yield
+    finally:
+        vars(pipeline).clear()
+        vars(pipeline).update(before)
 
 
 @contextmanager

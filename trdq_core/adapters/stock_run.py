@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from trdq_core.adapters.families import CALL_SETTINGS
-from trdq_core.adapters.stock_call import Halt, parameters_of, replaced, starting_from
+from trdq_core.adapters.stock_call import Halt, parameters_of, replaced, starting_from, undisturbed
 from trdq_core.sampling import Conditioning
 
 _SIZES = {"height": "height", "width": "width", "num_frames": "frames", "video_length": "frames"}
@@ -24,6 +24,7 @@ class StockRun:
         self.pipeline, self.size = pipeline, dict(size)
         self.taken = parameters_of(type(pipeline).__call__)
         self._config = pipeline.transformer.config
+        self._under_way = False
 
     @property
     def sizes_taken(self) -> tuple[str, ...]:
@@ -57,7 +58,8 @@ class StockRun:
         output: str = "latent",
     ) -> Any:
         """Run the stock call from `latents` or from those it draws itself, and return the last ones; or what it returns
-        where `output` asks for pictures."""
+        where `output` asks for pictures. `on_step` may run it again, to show a picture of what there is.
+        """
         seen: list[Tensor] = []
 
         def after(step: int, timestep: Any, value: Tensor) -> None:
@@ -69,6 +71,9 @@ class StockRun:
         arguments = self.arguments(conditioning, steps, guidance)
         arguments |= {"generator": torch.Generator().manual_seed(seed), "output_type": output}
         with ExitStack() as stack:
+            if self._under_way:
+                stack.enter_context(undisturbed(self.pipeline))
+            stack.enter_context(replaced(self, "_under_way", True))
             if latents is not None:
                 stack.enter_context(starting_from(self.pipeline, latents))
             arguments |= stack.enter_context(self._watching(after, halves=2 if guidance > 1 else 1))

@@ -6,6 +6,7 @@ import datetime
 import platform
 from collections.abc import Callable
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 from trdq_core import profiling
@@ -18,9 +19,10 @@ from trdq_core.folders import RunFolder
 from trdq_core.kernels import dispatch
 from trdq_core.models import load_model
 from trdq_core.outputs import clip_facts
+from trdq_core.saving import add_lora
 from trdq_core.sensitivity.command import sensitivity
 from trdq_core.session import Session, check_plan
-from trdq_core.specs import RunSpec
+from trdq_core.specs import RunSpec, fused_name
 
 REPORT_VERSION = 1
 COMMANDS = {
@@ -35,6 +37,9 @@ def execute(spec: RunSpec, folder: RunFolder, cancelled: Callable[[], bool]) -> 
     """Do what `spec` says; the report is written as soon as there is something to report, and after each recipe."""
     folder.emit({"kind": "stage", "stage": "load", "label": f"Loading {spec.model}", "recipe": None})
     model = load_model(spec.model, anyway=spec.anyway, size=spec.size, loading=spec.loading)
+    if spec.lora is not None:
+        folder.emit({"kind": "stage", "stage": "load", "label": f"Adding {Path(spec.lora).name}", "recipe": None})
+        add_lora(model, spec.lora, spec.lora_scale)
     session = Session(spec, folder, cancelled, model, dispatch.select_backend(model.device, spec.backend))
     report = _header(session)
     try:
@@ -54,7 +59,7 @@ def _header(session: Session) -> dict[str, Any]:
     return {
         "format_version": REPORT_VERSION,
         "command": spec.command,
-        "model": spec.model,
+        "model": fused_name(spec.model, spec.lora),
         "created": datetime.datetime.now().isoformat(timespec="seconds"),
         "reference": {
             "label": LABELS.get(dtype, dtype),

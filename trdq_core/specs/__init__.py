@@ -39,6 +39,7 @@ from trdq_core.specs.run import (
     Precision,
     RunSpec,
     check_prompt,
+    fused_name,
 )
 
 __all__ = [
@@ -47,5 +48,5 @@ __all__ = [
     "AttentionSpec", "Command", "Granularity", "LayerRule", "Loading", "LowRankSpec", "Offload", "Precision",
     "QuantSpec", "Recipe", "ReconstructionSpec", "Rounding", "RunSpec", "SharingMeasure", "SharingSpec",
     "SkippedGuidance", "Spec", "Storage", "TimeGroupKind", "TimeGroupSpec", "TransformKind", "TransformSpec",
-    "check_prompt",
+    "check_prompt", "fused_name",
 ]  # fmt: skip

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple
 
 from trdq_core.errors import RecipeError
@@ -32,6 +34,11 @@ class Loading(NamedTuple):
 DEFAULT_LOADING = Loading()
 
 
+def fused_name(model: str, lora: str | Path | None) -> str:
+    """What a model is called once a LoRA was added to it: what is measured on it is not of the model alone."""
+    return model if lora is None else f"{model}+{Path(lora).stem}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunSpec(Spec):
     """One run of the command line or of a studio page. The folder of a run holds it as `spec.json`."""
@@ -57,6 +64,8 @@ class RunSpec(Spec):
     frames: int | None = None
     dtype: Precision = "auto"  # of the full-precision model; see Loading
     offload: Offload = "none"
+    lora: str | None = None  # a safetensors file that is added to the weights, times lora_scale, before anything else
+    lora_scale: float = 1.0
     anyway: bool = False  # load the model even where the memory check says that it does not fit
 
     def __post_init__(self) -> None:
@@ -73,6 +82,10 @@ class RunSpec(Spec):
         for name, value in self.size.items():
             if not 1 <= value <= 8192:
                 raise RecipeError(f"{name}: got {value}; allowed is 1 to 8192.")
+        if not math.isfinite(self.lora_scale):
+            raise RecipeError(f"lora_scale: got {self.lora_scale}; give a number, 1 adds the LoRA as it was trained.")
+        if self.lora is None and self.lora_scale != 1:
+            raise RecipeError(f"lora_scale: got {self.lora_scale:g} and no LoRA; name its file with --lora.")
         if self.command == "attention" and self.guidance == 1:
             raise RecipeError("guidance: got 1, which has one branch; give more than 1 to compare two branches.")
         for prompt in (*self.prompts, *self.calibration_prompts):
