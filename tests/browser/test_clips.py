@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import statistics
+import threading
+import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from studio.pages import guidance
 from studio.services.form import Form, compare_spec
 from tests.browser.conftest import Visit
 from tests.browser.pressing import choose, open_newest_run, open_tab, press, press_at, push
@@ -267,7 +270,12 @@ def test_a_cancelled_run_leaves_its_filmstrips(
     picture(page, screenshots, "13-clips-runs")
 
 
-def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screenshots: Path) -> None:
+def test_the_other_pages_know_a_video_model(
+    visit: Open, fake_url: str, screenshots: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is chosen before the last word of a measurement has come stays chosen."""
+    last_words = threading.Event()
+    monkeypatch.setattr(guidance, "fail_if_failed", lambda job: time.sleep(2) or last_words.set())
     seen = visit(fake_url)
     page = seen.page
     choose_video(page)
@@ -281,6 +289,9 @@ def test_the_other_pages_know_a_video_model(visit: Open, fake_url: str, screensh
     press(page.locator("#guidance-part label", has_text="Temporal"))
     page.wait_for_selector("#guidance-note >> text=only looked at")
     page.wait_for_function(rows, arg=TEMPORAL_BLOCKS)
+    assert last_words.wait(10)
+    page.wait_for_timeout(500)
+    assert page.evaluate(f"({rows})({TEMPORAL_BLOCKS})"), "it stays"
     page.wait_for_function(
         "n => document.querySelectorAll('#temporal .main-svg .scatterlayer .trace').length === n", arg=TEMPORAL_BLOCKS
     )
