@@ -6,6 +6,7 @@ import gc
 import itertools
 import json
 import platform
+import resource
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -126,14 +127,32 @@ def test_freed_memory_between_what_stays_goes_back() -> None:
     assert len(kept) == 1000
 
 
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc is asked")
+def test_large_temporaries_take_what_was_freed() -> None:
+    def faults() -> int:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        for _ in range(10):
+            torch.ones(20 << 20)  # 80 MiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    process, usual = psutil.Process(), faults()
+    with allocator.keep_freed_memory(), allocator.keep_freed_memory():
+        faults()
+        assert faults() * 5 < usual
+        held = process.memory_info().rss
+    assert held - process.memory_info().rss > 40 << 20, "handed back"
+    assert faults() * 2 > usual
+
+
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(name: str) -> None:
         raise OSError(name)
 
-    allocator._malloc_trim.cache_clear()
+    allocator._libc.cache_clear()
     monkeypatch.setattr(allocator.ctypes, "CDLL", missing)
     try:
-        assert allocator._malloc_trim() is None
-        allocator.release_free_memory()
+        assert allocator._libc() is None
+        with allocator.keep_freed_memory():
+            allocator.release_free_memory()
     finally:
-        allocator._malloc_trim.cache_clear()
+        allocator._libc.cache_clear()

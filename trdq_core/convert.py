@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from trdq_core.allocator import release_free_memory
+from trdq_core.allocator import keep_freed_memory, release_free_memory
 from trdq_core.attention_products import LiveProducts, QuantizedProducts, use_int8_attention
 from trdq_core.errors import CalibrationError, ModelError
 from trdq_core.events import OnEvent, Progress, ignore
@@ -131,6 +131,7 @@ def _chains(fits: Sequence[FittedInput]) -> dict[str, int]:
     return counted
 
 
+@keep_freed_memory()
 def convert(
     denoiser: nn.Module,
     layers: Sequence[LayerInfo],

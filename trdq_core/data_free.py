@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from trdq_core.allocator import release_free_memory
+from trdq_core.allocator import keep_freed_memory, release_free_memory
 from trdq_core.attention_products import use_int8_attention
 from trdq_core.convert import Conversion, check_unquantized, install_input, linear_of, without_weights
 from trdq_core.errors import RecipeError
@@ -21,6 +21,7 @@ from trdq_core.transforms.base import InputTransform
 from trdq_core.weights.rounding import quantize_weight
 
 
+@keep_freed_memory()
 def convert_without_data(
     denoiser: nn.Module,
     layers: Sequence[LayerInfo],

@@ -26,6 +26,7 @@ CLIP_RATIOS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6)
 OVERFIT = 1.3  # error on other prompts over that on the rows fitted on, above which GPTQ is damped
 DAMPINGS = (0.1, 1.0)  # in shares of the mean squared input
 SEARCH_ROWS = 128  # rows that a search scores its candidates on
+SEARCH_OUTPUTS = 1024  # outputs, evenly chosen where there are more
 
 
 class Rows(NamedTuple):
@@ -236,7 +237,9 @@ def _quick_error(group: InputGroup, transform: InputTransform, weights: Mapping[
     fitted = FittedSet(transform, {}, clip=1.0 if group.rule.activation is None else group.rule.activation.clip)
     seen = input_grid(group.rule.activation, fitted, rows).round(transform.apply(rows))
     wrong = 0.0
-    for name, weight in weights.items():
+    stride = -(-sum(len(weight) for weight in weights.values()) // SEARCH_OUTPUTS)
+    for name, whole in weights.items():
+        weight = whole[::stride]
         transformed = transform.apply_to_weight(weight)
         rounded = fit_grid(transformed, spec, layer=name).nearest(transformed).float()
         wrong += float((seen @ rounded.T - rows @ weight.float().T).square().sum())

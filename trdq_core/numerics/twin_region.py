@@ -78,8 +78,15 @@ class SignGrid(NamedTuple):
         negative_step = max(-lowest, TINY) / half
         highest = max(float(x.max()), TINY)
         steps = [highest / (half - 1), *(highest / (half - 0.5) * scale for scale in SCALES)]
+        above = x > 0  # what lies below zero is rounded alike for all of them
+        values = x[above]
+        weight = None if error_weight is None else error_weight.expand_as(x)[above]
         grids = (cls(negative_step, step, bits) for step in steps)
-        return min(grids, key=lambda grid: _error(x, grid.fake_quantize(x), error_weight))
+        return min(grids, key=lambda grid: _error(values, grid._above_zero(values), weight))
+
+    def _above_zero(self, x: Tensor) -> Tensor:
+        step = self.positive_step
+        return (x / step).round_().clamp_(0, 2 ** (self.bits - 1) - 1).mul_(step)
 
     def fake_quantize(self, x: Tensor) -> Tensor:
         """x on the nearest level of its sign, in x's dtype."""
@@ -96,7 +103,7 @@ class SignGrid(NamedTuple):
 
 
 def _error(x: Tensor, rounded: Tensor, weight: Tensor | None) -> float:
-    squares = (rounded - x).square()
+    squares = (rounded - x).square_()
     return float((squares if weight is None else squares * weight).sum(dtype=torch.float64))
 
 

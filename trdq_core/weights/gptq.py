@@ -15,6 +15,7 @@ from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.weights.grids import WeightGrid
 
 BLOCK = 128  # columns whose corrections to the rest are applied together
+TRIANGLE = 256  # below this, triangles are inverted as a whole
 DAMPING = 0.01  # of the mean diagonal of the Hessian
 
 Order = Literal["natural", "activation"]
@@ -94,5 +95,19 @@ def _prepare(hessian: Tensor, order: Order, damping: float) -> tuple[Tensor, Ten
     )
     hessian = hessian[columns][:, columns]
     hessian.diagonal().add_(damping * live_mean + dead[columns] * live_mean)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True), columns
+    # With both orders reversed H = L L^T, so H = U^-1 U^-T for the upper U = reversed L^-1, and H^-1 = U^T U: no inverse of H.
+    lower = torch.linalg.cholesky(hessian.flip(0, 1))
+    return _inverse_of_lower(lower).flip(0, 1), columns
+
+
+def _inverse_of_lower(matrix: Tensor) -> Tensor:
+    """The inverse (n, n) of a lower triangular matrix, by halves: products of blocks do most of the work."""
+    size = len(matrix)
+    if size <= TRIANGLE:
+        return torch.linalg.solve_triangular(matrix, torch.eye(size).to(matrix), upper=False)
+    half = size // 2
+    first, last = _inverse_of_lower(matrix[:half, :half]), _inverse_of_lower(matrix[half:, half:])
+    whole = torch.zeros_like(matrix)
+    whole[:half, :half], whole[half:, half:] = first, last
+    whole[half:, :half] = -(last @ matrix[half:, :half] @ first)
+    return whole

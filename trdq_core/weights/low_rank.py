@@ -49,9 +49,12 @@ def low_rank_factors(weight: Tensor, rank: int, *, seed: int = 0) -> tuple[Tenso
     else:
         generator = torch.Generator().manual_seed(seed)
         sketch = torch.randn(weight.shape[1], rank + OVERSAMPLING, generator=generator, dtype=torch.float64)
-        basis = torch.linalg.qr(weight @ sketch.to(weight.device)).Q
+        # The basis only has to span the right directions, which float32 finds in half the time; what is read off it is float64.
+        rough = weight.float()
+        basis = torch.linalg.qr(rough @ sketch.to(rough)).Q
         for _ in range(POWER_ITERATIONS):
-            basis = torch.linalg.qr(weight @ torch.linalg.qr(weight.T @ basis).Q).Q
+            basis = torch.linalg.qr(rough @ torch.linalg.qr(rough.T @ basis).Q).Q
+        basis = torch.linalg.qr(basis.double()).Q
         u, s, vt = torch.linalg.svd(basis.T @ weight, full_matrices=False)
         u = basis @ u
     kept = min(rank, small)
