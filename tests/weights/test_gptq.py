@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 
 from trdq_core.errors import CalibrationError, ShapeError
 from trdq_core.specs import QuantSpec
-from trdq_core.weights.gptq import gptq
+from trdq_core.weights.gptq import DAMPING, _prepare, gptq, second_moments
 from trdq_core.weights.grids import fit_grid
 from trdq_core.weights.rounding import dequantize_weight, quantize_weight
 
@@ -73,6 +75,17 @@ def test_independent_inputs_leave_nothing_to_correct() -> None:
     weight, _ = case()
     grid = fit_grid(weight, SPECS[0])
     assert torch.equal(gptq(weight, grid, torch.eye(160)), grid.nearest(weight))
+
+
+@pytest.mark.parametrize("width", [1, 40, 257, 700])
+@pytest.mark.parametrize("order", ["natural", "activation"])
+def test_the_factor_is_that_of_the_inverse_hessian(width: int, order: Literal["natural", "activation"]) -> None:
+    """Upper, with a positive diagonal, and U^T U the inverse, also where its triangle is inverted by halves."""
+    moments = second_moments(case(2 * width, width)[1])
+    factor, columns = _prepare(moments, order, DAMPING)
+    damped = moments[columns][:, columns] + DAMPING * moments.diagonal().mean() * torch.eye(width)
+    assert torch.equal(factor, factor.triu()) and bool((factor.diagonal() > 0).all())
+    assert torch.allclose(factor.T @ factor @ damped, torch.eye(width, dtype=torch.float64), atol=1e-9)
 
 
 def test_missing_or_wrong_inputs_are_one_sentence() -> None:
