@@ -81,9 +81,8 @@ def find_calibration(spec: RunSpec) -> CalibrationInfo | None:
 
     The run itself compares fingerprints, weights included; this look-up only reads descriptions.
     """
-    for info in list_calibrations(
-        fused_name(listed_name(spec.model), spec.lora)
-    ):  # a folder's calibrations go by its last part
+    model = fused_name(listed_name(spec.model), spec.lora)  # a folder's calibrations go by its last part
+    for info in list_calibrations(model):
         about = json.loads((info.folder / "statistics.json").read_text())
         same = (info.steps, info.guidance, info.seed) == (spec.steps, spec.guidance, spec.seed)
         if same and tuple(about["prompts"]) == spec.calibration_prompts:
