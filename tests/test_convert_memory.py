@@ -141,7 +141,6 @@ def test_large_temporaries_take_what_was_freed() -> None:
         assert faults() * 5 < usual
         held = process.memory_info().rss
     assert held - process.memory_info().rss > 40 << 20, "handed back"
-    assert faults() * 2 > usual
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from studio import plots
 from studio.components import html, words
 from studio.components.command import command_box, shown
 from studio.components.controls import Controls
-from studio.components.events import QUEUED, said_once
+from studio.components.events import QUEUED
 from studio.context import Studio
 from studio.jobs import FINISHED, explain
 from studio.pages.shared import session_of
@@ -77,9 +77,9 @@ def wire(studio: Studio, controls: Controls, page: ActivationsPage, tab: gr.Tab)
         page.timeline, page.command,
     ]  # fmt: skip
     shared: dict[str, Any] = QUEUED | {"trigger_mode": "always_last", "concurrency_limit": 8}
-    tab.select(said_once(handlers.draw), inputs, outputs, **shared)
+    tab.select(handlers.draw, inputs, outputs, **shared)
     for widget in (page.calibration, page.part, page.layer, page.group, page.log_y):
-        widget.input(said_once(handlers.draw), inputs, outputs, **shared)
+        widget.input(handlers.draw, inputs, outputs, **shared)
 
 
 @dataclass(frozen=True)

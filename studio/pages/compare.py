@@ -10,7 +10,7 @@ import gradio as gr
 
 from studio.components import html, methods, plan, result
 from studio.components.controls import Controls
-from studio.components.events import JOBS, LATEST, QUICK, said_once
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import Job, explain
 from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, refuse, strip_of, submit
@@ -72,9 +72,9 @@ def wire(studio: Studio, controls: Controls, page: ComparePage, header: gr.HTML,
     bits = [controls.weight_bits, controls.activation_bits]
     gr.on([widget.change for widget in bits], methods_table, bits, page.methods, **LATEST)
     outputs = [page.strip, page.problem, *page.result.widgets(), page.saved]
-    compare = controls.compare.click(said_once(session.compare), inputs, outputs, js=CLOSE_SIDEBAR, **JOBS)
+    compare = controls.compare.click(session.compare, inputs, outputs, js=CLOSE_SIDEBAR, **JOBS)
     calibrate = controls.calibrate.click(
-        said_once(session.calibrate), inputs, [page.strip, page.problem], js=CLOSE_SIDEBAR, **JOBS
+        session.calibrate, inputs, [page.strip, page.problem], js=CLOSE_SIDEBAR, **JOBS
     )
     controls.cancel.click(session.cancel, None, None, **QUICK)
     for job in (compare, calibrate):

@@ -11,7 +11,7 @@ import gradio as gr
 from studio.components import html
 from studio.components.command import shown
 from studio.components.controls import Controls
-from studio.components.events import JOBS, QUICK, said_once
+from studio.components.events import JOBS, QUICK
 from studio.components.getting import GetModel
 from studio.context import Studio
 from studio.jobs import explain
@@ -30,7 +30,7 @@ def wire(studio: Studio, controls: Controls, strip: gr.HTML, problem: gr.HTML) -
     handlers = _Handlers(studio, controls, part, strip, problem)
     gr.on([part.name.change, part.typed.change], described, [part.name, part.typed], [part.line, part.command], **QUICK)
     part.download.click(
-        said_once(handlers.download), [part.name, part.typed], [strip, problem, controls.model, part.name, part.typed],
+        handlers.download, [part.name, part.typed], [strip, problem, controls.model, part.name, part.typed],
         js=CLOSE_SIDEBAR, **JOBS,
     )  # fmt: skip
 

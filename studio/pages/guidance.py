@@ -11,7 +11,7 @@ import gradio as gr
 from studio.components import html, similarity
 from studio.components.command import command_box, shown
 from studio.components.controls import Controls
-from studio.components.events import JOBS, LATEST, QUICK, said_once
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import explain
 from studio.pages import sharing
@@ -96,11 +96,7 @@ def wire(
     similar.block.input(handlers.look, chosen, looked, **LATEST)
     similar.blocks_map.select(handlers.look_at, chosen, looked, **LATEST)
     measured = page.measure.click(
-        said_once(handlers.measure),
-        [page.count, *form],
-        [page.strip, page.problem, *everything],
-        js=CLOSE_SIDEBAR,
-        **JOBS,
+        handlers.measure, [page.count, *form], [page.strip, page.problem, *everything], js=CLOSE_SIDEBAR, **JOBS
     )
     page.cancel.click(handlers.cancel, None, None, **QUICK)
     measured.then(header_now, None, header, **QUICK)

@@ -11,7 +11,7 @@ import gradio as gr
 from studio.components import editing as widgets
 from studio.components import html, sensitivity
 from studio.components.controls import Controls
-from studio.components.events import JOBS, LATEST, QUICK, said_once
+from studio.components.events import JOBS, LATEST, QUICK
 from studio.context import Studio
 from studio.jobs import explain
 from studio.pages import editing
@@ -92,7 +92,7 @@ def wire(
     for widget in (found.bits, found.error, found.order, found.log_y):
         widget.input(handlers.draw, chosen, [found.chart, page.note], **LATEST)
     scanned = page.scan.click(
-        said_once(handlers.scan), [page.method, page.bits, page.count, *controls.inputs()],
+        handlers.scan, [page.method, page.bits, page.count, *controls.inputs()],
         [page.strip, page.problem, *everything], js=CLOSE_SIDEBAR, **JOBS,
     )  # fmt: skip
     page.cancel.click(handlers.cancel, None, None, **QUICK)

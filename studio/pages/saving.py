@@ -10,7 +10,7 @@ import gradio as gr
 
 from studio.components import html
 from studio.components.command import shown
-from studio.components.events import JOBS, QUEUED, QUICK, said_once
+from studio.components.events import JOBS, QUEUED, QUICK
 from studio.components.saving import PACK, SaveModel
 from studio.components.titles import title_of
 from studio.context import Studio
@@ -32,11 +32,9 @@ def wire(
     handlers = _Handlers(studio, part, strip, problem)
     run_id.change(handlers.offer, run_id, part.widgets(), **QUICK)
     part.recipe.input(handlers.choose, [run_id, part.recipe], part.widgets(), **QUICK)
-    job = part.start.click(said_once(handlers.save), [run_id, part.recipe], [strip, problem, *part.widgets()], **JOBS)
+    job = part.start.click(handlers.save, [run_id, part.recipe], [strip, problem, *part.widgets()], **JOBS)
     job.then(header_now, None, header, **QUICK)
-    part.pack.click(
-        said_once(handlers.pack), part.made, [part.said, part.pack, part.download], concurrency_limit=1, **QUEUED
-    )
+    part.pack.click(handlers.pack, part.made, [part.said, part.pack, part.download], concurrency_limit=1, **QUEUED)
 
 
 @dataclass(frozen=True)

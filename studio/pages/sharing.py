@@ -10,7 +10,7 @@ import gradio as gr
 
 from studio.components import html, trial
 from studio.components.controls import Controls, share_box
-from studio.components.events import JOBS, LATEST, QUEUED, QUICK, said_once
+from studio.components.events import JOBS, LATEST, QUEUED, QUICK
 from studio.context import Studio
 from studio.jobs import explain
 from studio.pages.shared import CLOSE_SIDEBAR, cancel_own, fail_if_failed, follow, refuse, strip_of, submit
@@ -71,8 +71,7 @@ def wire(
     page.apply.click(handlers.apply, [*chosen, *form], outputs, trigger_mode="always_last", **QUEUED)
     view.gain.input(handlers.difference, [view.run_id, view.gain], [view.difference, view.scale], **LATEST)
     tried = view.start.click(
-        said_once(handlers.tried), [view.base, *chosen, *form],
-        [page.strip, page.problem, view.strip, *view.widgets(), page.saved],
+        handlers.tried, [view.base, *chosen, *form], [page.strip, page.problem, view.strip, *view.widgets(), page.saved],
         js=CLOSE_SIDEBAR, **JOBS,
     )  # fmt: skip
     tried.then(header_now, None, header, **QUICK)

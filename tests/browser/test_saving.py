@@ -56,7 +56,7 @@ def test_a_column_is_saved_and_fetched(
 
 def the_chart_follows_the_sidebar(page: Any) -> None:
     """Closing and opening it changes the page's width, and the chart's with it."""
-    wide = "document.querySelector('#sqnr{}').clientWidth"
+    wide = "document.querySelector('#sqnr{}')?.clientWidth"
     fits = f"() => Math.abs({wide.format(' .main-svg')} - {wide.format('')}) < 40"
     before = page.locator("#sqnr").bounding_box()["width"]
     for wider in (True, False):

@@ -15,7 +15,6 @@ import pytest
 from studio import app
 from studio.components import controls as sidebar
 from studio.components import result
-from studio.components.events import said_once
 from studio.context import Studio
 from studio.jobs import UNEXPECTED
 from studio.pages import activations, compare, runs
@@ -223,16 +222,6 @@ def test_whoever_follows_a_state_is_told(core: FakeCore) -> None:
         if fn.queue is False:
             assert not fn.types_generator, fn.name
             assert not {block._id for block in fn.outputs} & states, fn.name
-
-
-def test_no_answer_is_sent_twice(core: FakeCore) -> None:
-    """Gradio repeats the last answer of a generator as it ends, over what was chosen in between."""
-    demo = app.build(core)
-    assert list(said_once(lambda: iter("ab"))()) == ["a", "b", gr.skip()]
-    several = [fn for fn in demo.fns.values() if fn.types_generator and fn.api_visibility == "private"]
-    assert len(several) > 6
-    once = said_once(lambda: iter(())).__code__  # type: ignore[attr-defined]
-    assert all(fn.fn.__code__ is once for fn in several), [fn.name for fn in several]
 
 
 def test_pages_are_there_before_they_are_opened(core: FakeCore) -> None:
